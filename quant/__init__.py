@@ -1,0 +1,1 @@
+"""Packed expert formats and the kernels that compute with them."""

@@ -1,0 +1,119 @@
+"""Trunk matrices that stay packed: a Linear and an Embedding over INT8 or INT4 bytes, on the experts' kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from . import int4, int8
+from .int4 import ROW_BLOCK, Int4Format, round_up
+from .int8 import Int8Format
+from .native import NativeMatrix, NativePool
+
+MatrixFormat = Int4Format | Int8Format
+_FORMATS: dict[str, MatrixFormat] = {
+    **{f"int8-g{group}": Int8Format(group) for group in int4.GROUPS},
+    **{f"int4-g{group}": Int4Format(group) for group in int4.GROUPS},
+}
+
+
+def matrix_format_names() -> list[str]:
+    return list(_FORMATS)
+
+
+def matrix_format(name: str) -> MatrixFormat:
+    """The format of that name (`int8-g32`, `int4-g32`, ...). Raises ValueError with the known names."""
+    try:
+        return _FORMATS[name]
+    except KeyError:
+        raise ValueError(f"unknown matrix format {name!r}; known: {', '.join(_FORMATS)}") from None
+
+
+class PackedMatrix(NamedTuple):
+    """A matrix [rows, cols] as packed bytes, uint8 [format's nbytes]."""
+
+    data: torch.Tensor
+    rows: int
+    cols: int
+    format: MatrixFormat
+
+    @classmethod
+    def pack(cls, weight: torch.Tensor, fmt: MatrixFormat) -> PackedMatrix:
+        """Quantise a matrix. Raises ValueError when it is not finite."""
+        rows, cols = weight.shape
+        if isinstance(fmt, Int8Format):
+            return cls(int8.pack(*int8.quantize(weight, fmt), fmt), rows, cols, fmt)
+        return cls(int4.pack(*int4.quantize(weight, fmt), fmt), rows, cols, fmt)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The matrix that the bytes stand for."""
+        if isinstance(self.format, Int8Format):
+            return int8.dequantize(self.data, self.rows, self.cols, self.format, dtype)
+        return int4.dequantize(self.data, self.rows, self.cols, self.format, dtype)
+
+    def take_rows(self, indices: torch.Tensor) -> torch.Tensor:
+        """Some rows, float32 [n, cols]; reads only their bytes."""
+        fmt, n = self.format, len(indices)
+        padded = round_up(self.cols, fmt.group)
+        head, _ = fmt.block_bytes(self.cols)
+        blocks = self.data.reshape(round_up(self.rows, ROW_BLOCK) // ROW_BLOCK, -1)
+        block, row = indices // ROW_BLOCK, indices % ROW_BLOCK
+        groups = padded // fmt.group
+        planes = 1 if isinstance(fmt, Int8Format) or fmt.symmetric else 2
+        heads = blocks[:, : planes * groups * ROW_BLOCK * 2].view(torch.float16).reshape(-1, planes, groups, ROW_BLOCK)
+        scales = heads[block, :, :, row].float().unsqueeze(-1)  # [n, planes, groups, 1]
+        body = blocks[:, head:]
+        if isinstance(fmt, Int8Format):
+            codes = body.unflatten(1, (padded // 4, ROW_BLOCK, 4))[block, :, row].reshape(n, padded)
+            zero = int8.ZERO
+        else:
+            nibbles = body.unflatten(1, (padded // 8, ROW_BLOCK, 4))[block, :, row]  # [n, chunks, 4]
+            codes = torch.stack((nibbles & 15, nibbles >> 4), 2).reshape(n, padded)
+            zero = 8 if fmt.symmetric else 0
+        values = (codes.reshape(n, groups, fmt.group).float() - zero) * scales[:, 0]
+        if planes == 2:
+            values = values + scales[:, 1]
+        return values.reshape(n, padded)[:, : self.cols]
+
+
+class QuantLinear(nn.Module):
+    """`nn.Linear` whose weight stays packed. Computes in float32 and returns the input's dtype."""
+
+    def __init__(self, pool: NativePool, packed: PackedMatrix, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed.cols, packed.rows
+        self.packed = packed
+        self.bias = bias
+        self._pool = pool
+        self._matrix: NativeMatrix | None = None
+
+    @property
+    def matrix(self) -> NativeMatrix:
+        """The matrix with its bias, bound at the first use because a loader may give the bias last."""
+        if self._matrix is None:
+            bias = None if self.bias is None else self.bias.float().contiguous()
+            packed = self.packed
+            self._matrix = NativeMatrix(self._pool, packed.data, packed.rows, packed.cols, packed.format, bias)
+        return self._matrix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features]."""
+        return self.matrix(x.float().contiguous()).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.packed.format}"
+
+
+class QuantEmbedding(nn.Module):
+    """`nn.Embedding` whose weight stays packed; a row is dequantised when it is looked up."""
+
+    def __init__(self, packed: PackedMatrix, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = packed.rows, packed.cols
+        self.packed, self.dtype = packed, dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids integer [...] to [..., embedding_dim]."""
+        return self.packed.take_rows(ids.reshape(-1)).reshape(*ids.shape, self.embedding_dim).to(self.dtype)

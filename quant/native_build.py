@@ -1,0 +1,147 @@
+"""Compiles the CPU kernels in `csrc/` into one shared library with whatever C++17 compiler there is.
+
+Used at install by `setup.py` (which loads this file by its path: it must import nothing but the standard library) and
+later by `python -m pocketmoe.quant.native --build`. It does not know how the library is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+STEM = "_pocketmoe_cpu"
+
+# Each instruction set has its own file and flags, so that one library serves every processor; `usable()` in the file's
+# table keeps the code from running where it must not. GCC and Clang flags, then MSVC's.
+_ISA_FLAGS = {
+    "isa_avx512": (
+        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+        "/arch:AVX512",
+    ),
+    "isa_avxvnni": ("-mavxvnni -mavx2 -mfma -mf16c", "/arch:AVX2"),
+    "isa_avx2": ("-mavx2 -mfma -mf16c", "/arch:AVX2"),
+}
+# Contracted multiply-adds would make a result depend on which loop the compiler chose them in.
+_UNIX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wno-psabi -pthread"
+_MSVC_FLAGS = "/nologo /std:c++17 /O2 /EHsc /fp:precise /MD"
+
+
+class BuildError(Exception):
+    """The kernels could not be compiled; the message says why, in one or two lines."""
+
+
+def library_suffix() -> str:
+    return {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+
+
+def source_hash() -> str:
+    """Twelve hex digits that name the sources and flags a library was compiled from; '' if the sources are absent."""
+    digest = hashlib.sha256(repr((_ISA_FLAGS, _UNIX_FLAGS, _MSVC_FLAGS)).encode())
+    files = sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return digest.hexdigest()[:12] if files else ""
+
+
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler: $CXX, the one Python was built with, or a usual name on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    configured = [os.environ.get("CXX", ""), sysconfig.get_config_var("CXX") or ""]
+    for command in [*map(shlex.split, configured), ["c++"], ["g++"], ["clang++"], ["cl"]]:
+        if command and shutil.which(command[0]):
+            return command
+    raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++ and cl)")
+
+
+def build_library(dest: Path) -> list[str]:
+    """Compile the kernels into the shared library `dest`, in some ten seconds; it appears there whole or not at all.
+
+    Returns:
+        Notes for the user: the instruction sets that this compiler is too old for.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
+    sources = sorted(SOURCES.glob("*.cpp"))
+    if not sources:
+        raise BuildError(f"the kernels' sources are missing from {SOURCES}")
+    compiler = find_compiler()
+    msvc = Path(compiler[0]).stem.lower() == "cl"
+    isa_files = [s for s in sources if s.stem in _ISA_FLAGS]
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        sources = [s for s in sources if s not in isa_files]
+        isa_files = []
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="pocketmoe-build-") as scratch:
+
+        def compile_one(source: Path, defines: list[str]) -> tuple[Path, str]:
+            """The object file and, if it failed, what the compiler said."""
+            target = Path(scratch) / f"{source.stem}.{'obj' if msvc else 'o'}"
+            flags = _ISA_FLAGS.get(source.stem, ("", ""))[1 if msvc else 0].split()
+            if msvc:
+                command = [*compiler, *_MSVC_FLAGS.split(), *flags, *defines, "/c", str(source), f"/Fo{target}"]
+            else:
+                arch = ["-arch", platform.machine()] if sys.platform == "darwin" else []
+                command = [
+                    *compiler,
+                    *arch,
+                    *_UNIX_FLAGS.split(),
+                    *flags,
+                    *defines,
+                    "-c",
+                    str(source),
+                    "-o",
+                    str(target),
+                ]
+            return target, _run(command)
+
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            isa_results = list(pool.map(lambda s: compile_one(s, []), isa_files))
+            too_old = [s.stem for s, (_, error) in zip(isa_files, isa_results, strict=True) if error]
+            defines = [f"-DPM_WITHOUT_{stem.upper()}" for stem in too_old]
+            defines.append(f'-DPM_SOURCE_HASH="{source_hash()}"')
+            rest = [s for s in sources if s not in isa_files]
+            results = list(pool.map(lambda s: compile_one(s, defines), rest))
+        if errors := [error for _, error in results if error]:
+            raise BuildError(f"{shlex.join(compiler)} failed: {_first_error(errors[0])}")
+        objects = [str(target) for target, error in isa_results + results if not error]
+        built = Path(scratch) / f"{STEM}{library_suffix()}"
+        if msvc:
+            error = _run([*compiler, "/nologo", "/LD", *objects, f"/Fe{built}"])
+        else:
+            arch = ["-arch", platform.machine()] if sys.platform == "darwin" else []
+            error = _run([*compiler, *arch, "-shared", "-pthread", *objects, "-o", str(built)])
+        if error:
+            raise BuildError(f"{shlex.join(compiler)} failed to link: {_first_error(error)}")
+        staged = dest.with_name(f"{dest.name}.{os.getpid()}.tmp")
+        shutil.copyfile(built, staged)
+        os.replace(staged, dest)
+    errors_of = dict(zip((s.stem for s in isa_files), (error for _, error in isa_results), strict=True))
+    return [f"left out {stem}: {_first_error(errors_of[stem])}" for stem in too_old]
+
+
+def _run(command: list[str]) -> str:
+    """Run a command; '' if it succeeded, else what it printed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        return str(error)
+    return "" if done.returncode == 0 else (done.stderr + done.stdout) or f"exit status {done.returncode}"
+
+
+def _first_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")

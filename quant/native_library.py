@@ -1,0 +1,147 @@
+"""Finding and loading the native library: where the install or the user's own build left it.
+
+The library lies beside this file when the install found a compiler, and in the user's cache directory after
+`python -m pocketmoe.quant.native --build`. A library of other sources than those in `csrc/` is not used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from . import native_build
+
+ABI_VERSION = 1
+
+
+class NativeError(RuntimeError):
+    """A call that the library refused, or memory that it could not get."""
+
+
+_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_FUNCTIONS = {
+    "pm_abi_version": ((), _INT),
+    "pm_source_hash": ((), ctypes.c_char_p),
+    "pm_isa_name": ((_INT,), ctypes.c_char_p),
+    "pm_isa_usable": ((_INT,), _INT),
+    "pm_create": ((_INT, ctypes.c_char_p), _POINTER),
+    "pm_destroy": ((_POINTER,), None),
+    "pm_context_isa": ((_POINTER,), ctypes.c_char_p),
+    "pm_set_threads": ((_POINTER, _INT), _INT),
+    "pm_set_isa": ((_POINTER, ctypes.c_char_p), _INT),
+    "pm_experts": (
+        (_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER),
+        _INT,
+    ),
+    "pm_linear": ((_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER), _INT),
+    "pm_combine": ((_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER), _INT),
+    "pm_stream": ((_POINTER, _POINTER, _POINTER, _SIZE), ctypes.c_uint64),
+}
+
+
+class NativeLibrary:
+    """The loaded library.
+
+    Raises:
+        OSError: it cannot be loaded on this machine.
+        NativeError: it was built from other sources.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.c = ctypes.CDLL(str(path))
+        try:
+            for name, (arguments, result) in _FUNCTIONS.items():
+                function = getattr(self.c, name)
+                function.argtypes, function.restype = arguments, result
+        except AttributeError:
+            raise NativeError(f"{path} is of another version") from None
+        if self.c.pm_abi_version() != ABI_VERSION:
+            raise NativeError(f"{path} is of another version")
+        expected = native_build.source_hash()
+        if expected and self.c.pm_source_hash().decode() != expected:
+            raise NativeError(f"{path} was built from other sources")
+
+    @property
+    def isas(self) -> tuple[str, ...]:
+        """The instruction sets that are built in and that this processor has, best first."""
+        names, index = [], 0
+        while (name := self.c.pm_isa_name(index)) is not None:
+            if self.c.pm_isa_usable(index):
+                names.append(name.decode())
+            index += 1
+        return tuple(names)
+
+
+def _cache_path() -> Path:
+    import platformdirs
+
+    name = f"{native_build.STEM}-{ABI_VERSION}-{native_build.source_hash()}{native_build.library_suffix()}"
+    return Path(platformdirs.user_cache_dir("pocketmoe")) / "native" / name
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[NativeLibrary | None, str]:
+    problems = []
+    installed = Path(__file__).resolve().parent / f"{native_build.STEM}{native_build.library_suffix()}"
+    for path in (installed, _cache_path()):
+        if not path.exists():
+            continue
+        try:
+            return NativeLibrary(path), ""
+        except (OSError, NativeError) as error:
+            problems.append(str(error))
+    reason = "; ".join(problems) or "they were not built at install, most likely for want of a C++ compiler"
+    command = f"{Path(sys.executable).name} -m pocketmoe.quant.native --build"
+    try:
+        native_build.find_compiler()
+        remedy = f"run `{command}`"
+    except native_build.BuildError as error:
+        remedy = f"{error}: install one (g++ or clang++), then run `{command}`"
+    return None, f"The native CPU kernels are missing: {reason}. To get them, {remedy}."
+
+
+def load_native() -> NativeLibrary | None:
+    """The library of native kernels, or None; the search is done once per process."""
+    return _load()[0]
+
+
+def why_missing() -> str:
+    """Why `load_native()` gave None and what to do about it, for the user; '' if it did not."""
+    return _load()[1]
+
+
+def build(dest: Path | None = None) -> Path:
+    """Compile the kernels, into the user's cache directory unless told otherwise.
+
+    Returns:
+        The library. `load_native()` of this process will look for it again.
+
+    Raises:
+        native_build.BuildError: no compiler, or it failed.
+    """
+    path = dest or _cache_path()
+    for note in native_build.build_library(path):
+        print(note, file=sys.stderr)
+    _load.cache_clear()
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pocketmoe.quant.native", description="pocketmoe's native CPU kernels"
+    )
+    parser.add_argument("--build", action="store_true", help="compile them into the user's cache directory")
+    if parser.parse_args(arguments).build:
+        try:
+            print(build())
+        except (native_build.BuildError, OSError) as error:
+            print(f"The native CPU kernels could not be built: {error}", file=sys.stderr)
+            return 1
+    library = load_native()
+    print(why_missing() if library is None else f"{library.path}: {', '.join(library.isas)}")
+    return 0 if library else 1
