@@ -1,0 +1,1 @@
+"""Who is in which slot: expert cache, eviction policies, statistics. Plain Python, no torch."""

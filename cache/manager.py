@@ -1,0 +1,297 @@
+"""Who is in which slot: lookup, admission, eviction, locks. It moves no bytes and keeps no statistics.
+
+One pool of slots serves all layers, because layers differ in how many experts they reuse. A floor per layer keeps the
+pool from starving one: an admission for one layer never takes another layer below its floor.
+
+A resident expert is *arriving* from `admit` until `arrived`: it owns its slot, but its bytes are not there yet. Experts
+that are arriving or locked are never evicted. All calls come from one thread, the one that runs the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+from .expert import ExpertId, Lookup
+from .policy import LRU, EvictionPolicy
+
+_NOBODY = 1 << 62  # the rank of a layer that has nothing to give; an int, which compares faster than infinity
+_TRANSIENT_FIRST = -(1 << 62)  # added to a transient's rank: below every rank of a policy
+
+
+class SlotInUseError(RuntimeError):
+    """A slot has to be emptied now, but its expert is locked or arriving."""
+
+
+class Admission(NamedTuple):
+    """The slot that an admitted expert owns, and who had to leave it."""
+
+    slot: int
+    evicted: ExpertId | None
+
+
+class _Locked(AbstractContextManager[None]):
+    """What `ExpertCache.locked` returns: a class, because a generator costs twice as much per layer."""
+
+    __slots__ = ("_cache", "_experts")
+
+    def __init__(self, cache: ExpertCache, experts: tuple[ExpertId, ...]) -> None:
+        self._cache = cache
+        self._experts = experts
+
+    def __enter__(self) -> None:
+        self._cache.lock(self._experts)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._cache.unlock(self._experts)
+
+
+class _LayerIds(dict[int, ExpertId]):
+    """The ids of one layer by index, made once: creating eight of them for every layer and token costs 2 us."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+
+    def __missing__(self, index: int) -> ExpertId:
+        self[index] = expert = ExpertId(self._layer, index)
+        return expert
+
+
+class ExpertCache:
+    """The residents of one tier.
+
+    `capacity` slots are numbered 0..capacity-1; `layers` is the number of MoE layers; `floor` the residents that each
+    keeps against the others, normally its top-k. Raises ValueError when the floors do not fit into the capacity.
+    """
+
+    def __init__(self, capacity: int, policy: EvictionPolicy, layers: int, floor: int) -> None:
+        if layers < 1 or floor < 1:
+            raise ValueError(f"An expert cache needs at least 1 layer and a floor of 1, not {layers} and {floor}.")
+        self.layers = layers
+        self.floor = floor
+        self._policy = policy
+        self._ids = [_LayerIds(layer) for layer in range(layers)]
+        self._transient = LRU()
+        self._transient.stale = self._stale = policy.stale  # one set: whatever changed a layer's order
+        self._require_floors(capacity)
+        self.capacity = capacity
+        self._clear_slots()
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, expert: object) -> bool:
+        return expert in self._slots
+
+    # Requests
+
+    def lookup(self, layer: int, indices: Sequence[int], promote: bool = True) -> Lookup:
+        """Split the distinct experts `indices` of `layer` into hits and misses, in the order of the request.
+
+        An arriving expert is a miss that waits less: ask `is_arriving` before starting a read. Hits and arriving
+        experts are touched in the policy; a transient one joins it, unless `promote` is false (for a prompt, whose
+        single pass over an expert says little about the answer).
+        """
+        ids, slots, arriving, transient = self._ids[layer], self._slots, self._arriving, self._transient.ranks
+        hits, misses = [], []
+        for index in dict.fromkeys(indices):
+            expert = ids[index]
+            if expert not in slots:
+                misses.append(expert)
+                continue
+            (misses if expert in arriving else hits).append(expert)
+            if expert not in transient:
+                self._policy.touch(expert)
+            elif promote:
+                self._transient.remove(expert)
+                self._policy.insert(expert)
+        return Lookup(tuple(hits), tuple(misses))
+
+    def slot_of(self, expert: ExpertId) -> int | None:
+        """The slot of a resident expert (arriving ones included), else None."""
+        return self._slots.get(expert)
+
+    def is_arriving(self, expert: ExpertId) -> bool:
+        """Whether `expert` owns a slot whose bytes are still on their way."""
+        return expert in self._arriving
+
+    def is_transient(self, expert: ExpertId) -> bool:
+        """Whether `expert` is resident and among the first to leave: admitted as transient and not promoted since."""
+        return expert in self._transient.ranks
+
+    # Admission
+
+    def admit(self, expert: ExpertId, transient: bool = False) -> Admission | None:
+        """Give `expert` a slot, a free one or that of a victim. It is arriving until `arrived` or `abandon`.
+
+        `transient` (prefetch, the stream of a prompt) puts it among the first victims, oldest first. Returns None when
+        nobody may leave: every candidate is locked, arriving or protected by its layer's floor. For a demanded expert
+        the caller then waits for, or abandons, a read in flight and asks again.
+        """
+        layer = expert[0]
+        assert 0 <= layer < self.layers, f"{expert} is not in one of {self.layers} layers"
+        assert expert not in self._slots, f"{expert} is resident already, in slot {self._slots[expert]}"
+        victim = None
+        if self._free:
+            slot = self._free.pop()
+        else:
+            victim = self._victim(layer)
+            if victim is None:
+                return None
+            slot = self._release(victim)
+        self._slots[expert] = slot
+        self._counts[layer] += 1
+        self._arriving.add(expert)
+        (self._transient if transient else self._policy).insert(expert)
+        return Admission(slot, victim)
+
+    def arrived(self, expert: ExpertId) -> None:
+        """The bytes of `expert` are in its slot."""
+        assert expert in self._arriving, f"{expert} is not arriving"
+        self._arriving.remove(expert)
+        self._stale.add(expert[0])
+
+    def abandon(self, expert: ExpertId) -> None:
+        """The read of the arriving `expert` failed or was cancelled: its slot is free again. Locks on it stay."""
+        assert expert in self._arriving, f"{expert} is not arriving"
+        self._arriving.remove(expert)
+        self._free.append(self._release(expert))
+
+    def tick(self) -> None:
+        """One token is done."""
+        self._policy.tick()
+
+    # Locks
+
+    def lock(self, experts: Iterable[ExpertId]) -> None:
+        """Keep `experts` from being evicted until `unlock`; counted. They may be locked before they are admitted."""
+        locks = self._locks
+        for expert in experts:
+            locks[expert] = locks.get(expert, 0) + 1
+            self._stale.add(expert[0])
+
+    def unlock(self, experts: Iterable[ExpertId]) -> None:
+        """Undo one `lock` of each of `experts`."""
+        locks = self._locks
+        for expert in experts:
+            assert expert in locks, f"{expert} is not locked"
+            count = locks.pop(expert)
+            if count > 1:
+                locks[expert] = count - 1
+            self._stale.add(expert[0])
+
+    def locked(self, experts: Lookup | Iterable[ExpertId]) -> AbstractContextManager[None]:
+        """Hold locks on `experts`, or on the hits and misses of a lookup, for the length of a `with` block."""
+        return _Locked(self, experts.hits + experts.misses if isinstance(experts, Lookup) else tuple(experts))
+
+    # The whole pool
+
+    def resize(self, capacity: int) -> list[tuple[ExpertId, int]]:
+        """Grow or shrink to `capacity` slots; returns the experts that lost their slot, each with that slot.
+
+        Records do not move, so those leave whose slot is `capacity` or higher, however hot they are. Raises
+        SlotInUseError, changing nothing, when one of them is locked or arriving, and ValueError below the floors.
+        """
+        self._require_floors(capacity)
+        lost = [(expert, slot) for expert, slot in self._slots.items() if slot >= capacity]
+        self._require_idle([expert for expert, _ in lost])
+        for expert, _ in lost:
+            self._release(expert)
+        kept = [slot for slot in self._free if slot < capacity]
+        self._free = [*range(capacity - 1, self.capacity - 1, -1), *kept]
+        self.capacity = capacity
+        self._policy.resize(capacity)
+        return lost
+
+    def residents(self) -> dict[ExpertId, int]:
+        """A copy of who is in which slot, arriving experts included."""
+        return dict(self._slots)
+
+    def resident_count(self, layer: int) -> int:
+        """Residents of one layer, arriving experts included."""
+        return self._counts[layer]
+
+    def clear(self) -> None:
+        """Evict everybody. Raises SlotInUseError, changing nothing, when somebody is locked or arriving."""
+        self._require_idle([*self._slots, *self._locks])
+        for expert in self._slots:
+            (self._transient if expert in self._transient.ranks else self._policy).remove(expert)
+        self._clear_slots()
+
+    def check_integrity(self, idle: bool = False) -> None:
+        """Raise AssertionError with the numbers when the books do not balance; `idle`: also when anybody is in use."""
+        slots = sorted([*self._slots.values(), *self._free])
+        assert slots == list(range(self.capacity)), f"slots used and free are {slots}, not 0..{self.capacity - 1}"
+        counts = [0] * self.layers
+        for expert in self._slots:
+            counts[expert.layer] += 1
+        assert counts == self._counts, f"layers have {counts} residents, but {self._counts} are booked"
+        ordered = [*self._policy.victims(), *self._transient.victims()]
+        assert len(ordered) == len(set(ordered)), f"{len(ordered)} evictable, but only {len(set(ordered))} distinct"
+        odd = set(ordered) ^ set(self._slots)
+        assert not odd, f"either resident or in an order, not both: {odd}"
+        assert self._arriving <= set(self._slots), f"arriving without a slot: {self._arriving - set(self._slots)}"
+        assert all(count > 0 for count in self._locks.values()), f"lock counts below 1: {self._locks}"
+        assert self.capacity >= self.layers * self.floor, f"{self.capacity} slots < {self.layers} x {self.floor}"
+        for layer in set(range(self.layers)) - self._stale:
+            head, rank = self._head(layer)
+            known = self._heads[layer], self._ranks[layer], self._open[layer]
+            now = head, rank, rank if self._counts[layer] > self.floor else _NOBODY
+            assert known == now, f"layer {layer}: {known} is remembered as next to leave, but it is {now}"
+        if idle:
+            assert not self._locks, f"{len(self._locks)} experts are locked: {self._locks}"
+            assert not self._arriving, f"{len(self._arriving)} experts are arriving: {self._arriving}"
+
+    # Who leaves. Each layer's next victim is remembered until something in that layer changes, so that an eviction
+    # looks at the one or two layers that did change and then takes the minimum of a list.
+
+    def _victim(self, layer: int) -> ExpertId | None:
+        for stale in self._stale:
+            self._heads[stale], self._ranks[stale] = self._head(stale)
+            self._open[stale] = self._ranks[stale] if self._counts[stale] > self.floor else _NOBODY
+        self._stale.clear()
+        lowest = min(self._open)
+        if self._ranks[layer] <= lowest:  # its own layer may always give, down to nothing
+            return self._heads[layer]
+        return self._heads[self._open.index(lowest)]
+
+    def _head(self, layer: int) -> tuple[ExpertId | None, int]:
+        """Who would leave `layer` next, and with what rank."""
+        arriving, locks = self._arriving, self._locks
+        if self._transient.ranks:
+            for expert in self._transient.victims(layer):
+                if expert not in arriving and expert not in locks:
+                    return expert, self._transient.ranks[expert] + _TRANSIENT_FIRST
+        for expert in self._policy.victims(layer):
+            if expert not in arriving and expert not in locks:
+                return expert, self._policy.ranks[expert]
+        return None, _NOBODY
+
+    def _release(self, expert: ExpertId) -> int:
+        (self._transient if expert in self._transient.ranks else self._policy).remove(expert)
+        self._counts[expert[0]] -= 1
+        return self._slots.pop(expert)
+
+    def _require_floors(self, capacity: int) -> None:
+        if capacity < self.layers * self.floor:
+            raise ValueError(
+                f"{capacity} slots are too few: {self.layers} layers with a floor of {self.floor} experts "
+                f"need {self.layers * self.floor}."
+            )
+
+    def _require_idle(self, experts: Sequence[ExpertId]) -> None:
+        busy = [expert for expert in experts if expert in self._locks or expert in self._arriving]
+        if busy:
+            raise SlotInUseError(f"{len(busy)} of {len(experts)} experts are locked or arriving, first {busy[0]}.")
+
+    def _clear_slots(self) -> None:
+        self._slots: dict[ExpertId, int] = {}
+        self._free = list(range(self.capacity - 1, -1, -1))  # a stack, lowest slot on top
+        self._counts = [0] * self.layers
+        self._arriving: set[ExpertId] = set()
+        self._locks: dict[ExpertId, int] = {}
+        self._heads: list[ExpertId | None] = [None] * self.layers
+        self._ranks: list[int] = [_NOBODY] * self.layers
+        self._open: list[int] = [_NOBODY] * self.layers
+        self._stale.update(range(self.layers))

@@ -1,0 +1,362 @@
+"""What the cache and its reads did: counters per layer, phases, rates. Recording is cheap and safe from any thread.
+
+Rates and shares of nothing are None, never an error; counts start at 0. Seconds are wall-clock seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .expert import Lookup
+from .report import report
+
+Phase = Literal["prompt", "answer"]
+Outcome = Literal["useful", "late", "wasted", "cancelled"]
+FORMAT_VERSION = 1
+_DESCRIPTION = (
+    "slots",
+    "total_experts",
+    "ram_budget_bytes",
+    "peak_rss_bytes",
+    "time_to_first_token_s",
+    "finish_reason",
+    "model",
+    "codec",
+    "policy",
+    "io",
+    "kernels",
+)
+
+
+@dataclass(slots=True)
+class LayerStats:
+    """Counters of one MoE layer. A request is one distinct expert of one forward pass."""
+
+    requests: int = 0
+    hits: int = 0
+    misses: int = 0
+    late: int = 0
+    """Misses whose read was in flight when the router chose the expert."""
+    prefetch_hits: int = 0
+    """Hits on experts that prefetch had brought, counted at their first use."""
+    demand_reads: int = 0
+    prefetch_reads: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0
+    """Time that compute waited for bytes."""
+    prefetch_issued: int = 0
+    prefetch_useful: int = 0
+    """Arrived before it was chosen. The other outcomes: chosen while in flight, never chosen, withdrawn unread."""
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    prefetch_cancelled: int = 0
+
+
+@dataclass(slots=True)
+class PhaseStats:
+    """The prompt (prefill) or the answer (decode)."""
+
+    tokens: int = 0
+    steps: int = 0
+    """Forward passes in `seconds`. An answer's first token comes out of the prompt's pass and needs none."""
+    seconds: float = 0.0
+    requests: int = 0
+    hits: int = 0
+    stall_s: float = 0.0
+
+
+@dataclass
+class RunStats:
+    """Counters of one run of a model with `layers` MoE layers whose records are `record_bytes` long.
+
+    The runtime records through the methods and sets the descriptive fields directly.
+    """
+
+    layers: int
+    record_bytes: int = 0
+    slots: int | None = None
+    total_experts: int | None = None
+    ram_budget_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    time_to_first_token_s: float | None = None
+    finish_reason: str | None = None
+    model: str | None = None
+    codec: str | None = None
+    policy: str | None = None
+    io: str | None = None
+    kernels: str | None = None
+    compute_s: float = 0.0
+    """Time in the expert kernels."""
+    read_busy_s: float = 0.0
+    """Time with at least one read in flight: reads side by side count once."""
+    per_layer: list[LayerStats] = field(default_factory=list)
+    prompt: PhaseStats = field(default_factory=PhaseStats)
+    answer: PhaseStats = field(default_factory=PhaseStats)
+    clock: Callable[[], float] = field(default=time.perf_counter, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.per_layer = self.per_layer or [LayerStats() for _ in range(self.layers)]
+        assert len(self.per_layer) == self.layers, f"{len(self.per_layer)} layers of counters for {self.layers} layers"
+        self._lock = threading.RLock()
+        self._phase = self.prompt
+        self._in_flight = 0
+        self._busy_since = 0.0
+
+    # Recording
+
+    def enter(self, phase: Phase) -> None:
+        """What is recorded from now on belongs to `phase`."""
+        with self._lock:
+            self._phase = self.prompt if phase == "prompt" else self.answer
+
+    def record(self, layer: int, wanted: Lookup, late: int = 0, prefetch_hits: int = 0) -> None:
+        """One layer's requests. `late` of the misses were in flight, `prefetch_hits` of the hits came by prefetch."""
+        hits, misses = len(wanted.hits), len(wanted.misses)
+        with self._lock:
+            counters, phase = self.per_layer[layer], self._phase
+            counters.requests += hits + misses
+            counters.hits += hits
+            counters.misses += misses
+            counters.late += late
+            counters.prefetch_hits += prefetch_hits
+            phase.requests += hits + misses
+            phase.hits += hits
+
+    def read_started(self) -> None:
+        """A read went to the disk. Each one ends in `read_finished` or `read_failed`."""
+        with self._lock:
+            if self._in_flight == 0:
+                self._busy_since = self.clock()
+            self._in_flight += 1
+
+    def read_finished(self, layer: int, nbytes: int, prefetch: bool = False) -> None:
+        """A record of `nbytes` of `layer` arrived, on demand or by prefetch."""
+        with self._lock:
+            self.read_failed()
+            counters = self.per_layer[layer]
+            counters.bytes_read += nbytes
+            if prefetch:
+                counters.prefetch_reads += 1
+            else:
+                counters.demand_reads += 1
+
+    def read_failed(self) -> None:
+        """A read ended without bytes."""
+        with self._lock:
+            assert self._in_flight > 0, "a read ended that did not start"
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self.read_busy_s += self.clock() - self._busy_since
+
+    def record_prefetch(self, layer: int, issued: int = 0, outcome: Outcome | None = None, count: int = 1) -> None:
+        """`issued` guesses were queued, or `count` of them ended with `outcome`."""
+        with self._lock:
+            counters = self.per_layer[layer]
+            counters.prefetch_issued += issued
+            if outcome is not None:
+                name = f"prefetch_{outcome}"
+                setattr(counters, name, getattr(counters, name) + count)
+
+    def record_stall(self, layer: int, seconds: float) -> None:
+        """Compute waited `seconds` for bytes of `layer`."""
+        with self._lock:
+            self.per_layer[layer].stall_s += seconds
+            self._phase.stall_s += seconds
+
+    def record_compute(self, seconds: float) -> None:
+        """The expert kernels ran for `seconds`."""
+        with self._lock:
+            self.compute_s += seconds
+
+    def record_prompt(self, tokens: int, seconds: float) -> None:
+        """A prompt of `tokens` was processed in `seconds`, up to its first answer token."""
+        with self._lock:
+            self.prompt.tokens += tokens
+            self.prompt.steps += 1
+            self.prompt.seconds += seconds
+
+    def record_answer(self, tokens: int, steps: int, seconds: float) -> None:
+        """`tokens` generated; `steps` forward passes after the prompt's took `seconds`. May be called per token."""
+        with self._lock:
+            self.answer.tokens += tokens
+            self.answer.steps += steps
+            self.answer.seconds += seconds
+
+    # The whole
+
+    def snapshot(self) -> RunStats:
+        """A consistent deep copy; later recording does not change it. Safe while other threads record."""
+        with self._lock:
+            copy = RunStats(**{f.name: getattr(self, f.name) for f in fields(self)})
+            copy.per_layer = [_copy(counters) for counters in self.per_layer]
+            copy.prompt, copy.answer = _copy(self.prompt), _copy(self.answer)
+            copy._phase = copy.prompt if self._phase is self.prompt else copy.answer
+            if self._in_flight:
+                copy.read_busy_s += self.clock() - self._busy_since
+            return copy
+
+    def reset(self) -> None:
+        """Counters and times back to 0; the description (slots, model and so on) stays, and so do reads in flight
+        and guesses that have not ended."""
+        with self._lock:
+            in_prompt = self._phase is self.prompt
+            self.per_layer = [LayerStats(prefetch_issued=_outstanding(counters)) for counters in self.per_layer]
+            self.prompt, self.answer = PhaseStats(), PhaseStats()
+            self._phase = self.prompt if in_prompt else self.answer
+            self.compute_s = self.read_busy_s = 0.0
+            self.time_to_first_token_s = self.finish_reason = None
+            self._busy_since = self.clock()
+
+    def merge(self, other: RunStats) -> None:
+        """Add the counters of a later run of the same model; its description and first-token time replace ours.
+
+        Raises ValueError when the two cannot be of one model.
+        """
+        theirs = other.snapshot()
+        with self._lock:
+            if (self.layers, self.record_bytes) != (theirs.layers, theirs.record_bytes):
+                raise ValueError(
+                    f"Statistics of different models do not add up: {self.layers} layers with records of "
+                    f"{self.record_bytes} bytes here, {theirs.layers} and {theirs.record_bytes} there."
+                )
+            for mine, more in zip(
+                [*self.per_layer, self.prompt, self.answer],
+                [*theirs.per_layer, theirs.prompt, theirs.answer],
+                strict=True,
+            ):
+                for f in fields(mine):
+                    setattr(mine, f.name, getattr(mine, f.name) + getattr(more, f.name))
+            self.compute_s += theirs.compute_s
+            self.read_busy_s += theirs.read_busy_s
+            peaks = [peak for peak in (self.peak_rss_bytes, theirs.peak_rss_bytes) if peak is not None]
+            for name in _DESCRIPTION:
+                if getattr(theirs, name) is not None:
+                    setattr(self, name, getattr(theirs, name))
+            self.peak_rss_bytes = max(peaks, default=None)
+
+    def check(self) -> None:
+        """Raise AssertionError, with the numbers, when the counters do not add up."""
+        run = self.snapshot()
+        for layer, c in enumerate(run.per_layer):
+            reads = c.demand_reads + c.prefetch_reads
+            assert min(_values(c)) >= 0, f"layer {layer}: a counter is negative: {c}"
+            assert c.hits + c.misses == c.requests, f"layer {layer}: {c.hits} + {c.misses} != {c.requests} requests"
+            assert c.late <= c.misses, f"layer {layer}: {c.late} late > {c.misses} misses"
+            assert c.prefetch_hits <= c.hits, f"layer {layer}: {c.prefetch_hits} prefetch hits > {c.hits} hits"
+            assert c.bytes_read == run.record_bytes * reads, (
+                f"layer {layer}: {c.bytes_read} bytes read != {reads} reads of {run.record_bytes} bytes"
+            )
+            assert _outstanding(c) >= 0, f"layer {layer}: {-_outstanding(c)} more guesses ended than were issued: {c}"
+        for name in ("requests", "hits"):
+            phases, total = getattr(run.prompt, name) + getattr(run.answer, name), run.total(name)
+            assert phases == total, f"{name}: {phases} in the phases != {total} in the layers"
+        stalls, total = run.prompt.stall_s + run.answer.stall_s, run.total("stall_s")
+        assert abs(stalls - total) <= 1e-6 * max(1.0, total), f"stall: {stalls} s in phases != {total} s in layers"
+
+    def total(self, name: str) -> Any:
+        """The sum of the counter `name` over all layers."""
+        return sum(getattr(counters, name) for counters in self.per_layer)
+
+    def report(self) -> str:
+        """Several lines of text for the terminal."""
+        return report(self.to_dict())
+
+    # As data
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, JSON-serialisable: totals named as in `LayerStats`, rates, `phases`, `time_s`, `per_layer`."""
+        run = self.snapshot()
+        totals = {f.name: run.total(f.name) for f in fields(LayerStats)}
+        seconds = run.prompt.seconds + run.answer.seconds
+        return {
+            "version": FORMAT_VERSION,
+            **{name: getattr(run, name) for name in ("layers", "record_bytes", *_DESCRIPTION)},
+            **totals,
+            "hit_rate": _ratio(totals["hits"], totals["requests"]),
+            "answer_hit_rate": _ratio(run.answer.hits, run.answer.requests),
+            "prompt_tokens": run.prompt.tokens,
+            "generated_tokens": run.answer.tokens,
+            "prompt_tokens_per_second": _ratio(run.prompt.tokens, run.prompt.seconds),
+            "tokens_per_second": _ratio(run.answer.steps, run.answer.seconds),
+            "stall_share": _ratio(totals["stall_s"], seconds),
+            "disk_read_bytes_per_s": _ratio(totals["bytes_read"], run.read_busy_s),
+            "read_busy_s": run.read_busy_s,
+            "time_s": {
+                "total": seconds,
+                "reads": totals["stall_s"],
+                "experts": run.compute_s,
+                "rest": max(0.0, seconds - totals["stall_s"] - run.compute_s),
+            },
+            "phases": {"prompt": asdict(run.prompt), "answer": asdict(run.answer)},
+            "per_layer": [{**asdict(c), "hit_rate": _ratio(c.hits, c.requests)} for c in run.per_layer],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_dict()` as JSON, all or nothing: under a temporary name first, then renamed. Raises OSError."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                json.dump(self.to_dict(), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RunStats:
+        """Read what `save` wrote. Raises OSError, or ValueError with one sentence when it holds something else."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["version"] != FORMAT_VERSION:
+                raise ValueError(f"version {data['version']!r} instead of {FORMAT_VERSION}")
+            return cls(
+                layers=data["layers"],
+                record_bytes=data["record_bytes"],
+                **{name: data[name] for name in _DESCRIPTION},
+                compute_s=data["time_s"]["experts"],
+                read_busy_s=data["read_busy_s"],
+                per_layer=[_filled(LayerStats, counters) for counters in data["per_layer"]],
+                prompt=_filled(PhaseStats, data["phases"]["prompt"]),
+                answer=_filled(PhaseStats, data["phases"]["answer"]),
+            )
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{path} does not hold statistics of pocketmoe ({reason}): delete it and run again."
+            ) from None
+
+
+Counters = TypeVar("Counters", LayerStats, PhaseStats)
+
+
+def _copy(counters: Counters) -> Counters:
+    return type(counters)(*_values(counters))
+
+
+def _values(counters: LayerStats | PhaseStats) -> tuple[Any, ...]:
+    return tuple(getattr(counters, f.name) for f in fields(counters))
+
+
+def _outstanding(counters: LayerStats) -> int:
+    ended = counters.prefetch_useful + counters.prefetch_late + counters.prefetch_wasted + counters.prefetch_cancelled
+    return counters.prefetch_issued - ended
+
+
+def _filled(kind: type[Counters], data: dict[str, Any]) -> Counters:
+    counters = kind(**{f.name: data[f.name] for f in fields(kind)})
+    assert all(type(value) in (int, float) for value in _values(counters)), f"not numbers: {counters}"
+    return counters
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

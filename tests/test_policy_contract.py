@@ -1,0 +1,199 @@
+"""What every eviction policy promises, and what each of them adds."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pocketmoe.cache.expert import ExpertId
+from pocketmoe.cache.policy import LFU, LRU, SLRU, EvictionPolicy, get_policy, policy_names
+
+LAYERS, EXPERTS, CYCLE, CAPACITY = 3, 4, 6, 10
+
+
+@pytest.fixture(params=policy_names())
+def policy(request) -> EvictionPolicy:
+    return get_policy(request.param, CAPACITY, CYCLE)
+
+
+def ids(*pairs: tuple[int, int]) -> list[ExpertId]:
+    return [ExpertId(*pair) for pair in pairs]
+
+
+def serve(policy: EvictionPolicy, tokens: list[list[ExpertId]], capacity: int) -> int:
+    """Hits of a plain cache that requests `tokens` in order."""
+    resident: set[ExpertId] = set()
+    hits = 0
+    for token in tokens:
+        for expert in token:
+            if expert in resident:
+                hits += 1
+                policy.touch(expert)
+                continue
+            if len(resident) == capacity:
+                victim = next(policy.victims())
+                policy.remove(victim)
+                resident.remove(victim)
+            policy.insert(expert)
+            resident.add(expert)
+        policy.tick()
+    return hits
+
+
+def test_the_first_inserted_leaves_first_when_nothing_is_requested_again(policy):
+    experts = ids((2, 0), (0, 1), (1, 3), (0, 0))
+    for expert in experts:
+        policy.insert(expert)
+    assert list(policy.victims()) == experts
+    assert list(policy.victims(0)) == ids((0, 1), (0, 0))
+    assert list(policy.victims(99)) == []
+
+
+def test_a_requested_expert_leaves_after_one_that_was_not(policy):
+    old, new = ids((0, 0), (0, 1))
+    policy.insert(old)
+    policy.insert(new)
+    policy.touch(old)
+    assert list(policy.victims()) == [new, old]
+
+
+def test_iterating_over_victims_can_stop_early_and_changes_nothing(policy):
+    for expert in ids((0, 0), (1, 0), (0, 1), (1, 1)):
+        policy.insert(expert)
+    before = list(policy.victims())
+    for count in range(4):
+        assert list(islice(policy.victims(), count)) == before[:count]
+    assert list(policy.victims()) == before
+
+
+def test_an_unknown_expert_cannot_be_removed(policy):
+    with pytest.raises(KeyError):
+        policy.remove(ExpertId(0, 0))
+
+
+@pytest.mark.parametrize("name", policy_names())
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_the_order_holds_exactly_the_residents_whatever_happens(name, data):
+    policy = get_policy(name, CAPACITY, CYCLE)
+    residents: set[ExpertId] = set()
+    orders: dict[int, list[ExpertId]] = {layer: [] for layer in range(LAYERS)}
+    steps = st.tuples(st.sampled_from("iiitttrkz"), st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
+    for what, layer, index in data.draw(st.lists(steps, max_size=120)):
+        expert = ExpertId(layer, index)
+        if what == "k":
+            for _ in range(40):
+                policy.tick()
+        elif what == "z":
+            policy.resize(CYCLE + index)
+        elif what == "r" and expert in residents:
+            residents.remove(expert)
+            policy.remove(expert)
+        elif expert in residents:
+            policy.touch(expert)
+        elif what == "i":
+            residents.add(expert)
+            policy.insert(expert)
+        order = list(policy.victims())
+        assert len(order) == len(residents)
+        assert set(order) == residents == set(policy.ranks)
+        ranks = [policy.ranks[expert] for expert in order]
+        assert ranks == sorted(set(ranks))
+        assert not ranks or ranks[0] >= 0
+        for layer in range(LAYERS):
+            of_layer = list(policy.victims(layer))
+            assert of_layer == [expert for expert in order if expert.layer == layer]
+            assert of_layer == orders[layer] or layer in policy.stale, "an order changed in silence"
+            orders[layer] = of_layer
+        policy.stale.clear()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1)), max_size=80))
+def test_lru_equals_a_list_with_the_latest_request_at_its_end(steps):
+    policy, model = LRU(), []
+    for gone, *pair in steps:
+        expert = ExpertId(*pair)
+        known = expert in model
+        if known:
+            model.remove(expert)
+        if gone:
+            if known:
+                policy.remove(expert)
+            continue
+        model.append(expert)
+        (policy.touch if known else policy.insert)(expert)
+        assert list(policy.victims()) == model
+
+
+def test_lfu_keeps_what_was_requested_often_over_what_was_requested_last():
+    policy = LFU()
+    often, lately = ids((0, 0), (0, 1))
+    policy.insert(often)
+    policy.touch(often)
+    policy.insert(lately)
+    assert next(policy.victims()) == lately
+
+
+def test_lfu_remembers_the_count_of_an_evicted_expert():
+    policy = LFU()
+    back, once = ids((0, 0), (0, 1))
+    policy.insert(back)
+    policy.remove(back)
+    policy.insert(back)
+    policy.insert(once)
+    assert list(policy.victims()) == [once, back]
+
+
+def test_lfu_forgets_a_former_favourite():
+    policy = LFU()
+    former, current = ids((0, 0), (0, 1))
+    policy.insert(former)
+    for _ in range(100):
+        policy.touch(former)
+    for _ in range(LFU.HALVE_AFTER * 4):
+        policy.tick()
+    policy.insert(current)
+    policy.touch(current)
+    policy.touch(current)
+    assert next(policy.victims()) == former
+
+
+def test_slru_keeps_the_reused_through_a_scan_that_flushes_lru():
+    reused, scan = ids((0, 0), (0, 1)), ids(*((1, index) for index in range(12)))
+    kept = {}
+    for name in ("lru", "slru"):
+        policy = get_policy(name, 10, 2)
+        serve(policy, [reused, reused, scan], 10)
+        kept[name] = set(reused) & set(policy.ranks)
+    assert kept == {"lru": set(), "slru": set(reused)}
+
+
+@pytest.mark.parametrize("capacity", [CYCLE, CYCLE + 1, 2 * CYCLE])
+def test_slru_learns_a_new_cycle_although_its_protected_part_is_full(capacity):
+    """The textbook's 30 % on probation is less than a cycle here: no newcomer would live until its second request."""
+    former = [ExpertId(9, index) for index in range(capacity)]
+    cycle = [ExpertId(layer, index) for layer in range(LAYERS) for index in range(CYCLE // LAYERS)]
+    hits = serve(get_policy("slru", capacity, CYCLE), [former] * 3 + [cycle] * 10, capacity)
+    assert hits == 2 * len(former) + 9 * len(cycle)
+
+
+def test_slru_demotes_the_oldest_protected_expert_when_others_take_its_room():
+    policy = SLRU(capacity=10, cycle=8)  # room for two protected experts
+    for expert in (experts := ids((0, 0), (1, 0), (2, 0), (2, 1))):
+        policy.insert(expert)
+    for expert in experts[:3]:
+        policy.touch(expert)
+    assert list(policy.victims()) == [experts[3], experts[0], experts[1], experts[2]]
+    policy.resize(8)
+    assert list(policy.victims(2)) == [experts[3], experts[2]]
+
+
+def test_an_unknown_policy_is_refused_with_the_known_and_the_nearest_name():
+    with pytest.raises(ValueError, match=r"'slur'.*lru, lfu, slru.*mean 'slru'"):
+        get_policy("slur", 1, 1)
+    with pytest.raises(ValueError, match="lru, lfu, slru") as caught:
+        get_policy("xyz", 1, 1)
+    assert "mean" not in str(caught.value)
