@@ -1,0 +1,185 @@
+"""A Hugging Face checkpoint directory as a `Source`: safetensors shards, read piece by piece."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from . import hf
+from .errors import DataError, PocketMoEError
+from .hf_keys import KeyMap
+from .manifest import MANIFEST
+from .packing import packable_names
+from .source import MoeLayer, OnNotice
+from .tensorfile import TensorEntry, read_header
+
+INDEX_FILE = "model.safetensors.index.json"
+SMALL_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json",
+               "merges.txt", "vocab.txt", "tekken.json")  # fmt: skip
+SMALL_PATTERNS = ("tokenizer*", "special_tokens_map.json", "spiece.model", "*.tiktoken")
+_MAX_SMALL_FILE = 200_000_000
+_T = TypeVar("_T")
+
+
+class CheckpointSource:
+    """A local checkpoint of any MoE family that transformers knows.
+
+    Raises:
+        DataError: not a checkpoint, dense, unknown, pickled, damaged or incomplete.
+    """
+
+    def __init__(self, path: Path, on_notice: OnNotice | None = None) -> None:
+        self.path = path
+        self.name = path.resolve().name
+        if not path.is_dir():
+            raise DataError(f"{path} is not a directory; give a checkpoint directory, a store, or a cached hub id")
+        if (path / MANIFEST).is_file():
+            raise DataError(f"{path} is a pocketmoe store already; give the checkpoint that it was made from")
+        self.config = _read_config_json(path)
+        config = _of_config(path, hf.read_config, path)
+        if getattr(config, "quantization_config", None) is not None:
+            method = config.quantization_config
+            method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", "?")
+            raise DataError(f"{path} is quantised ({method}); only bf16, f16 and f32 checkpoints can be converted yet")
+        entries = _find_tensors(path)
+        self.dtype = _main_dtype(config, entries)
+        self.skeleton = _of_config(path, hf.build_skeleton, config, self.dtype)
+        for layer in self.layers():
+            if not 1 <= layer.top_k <= layer.num_experts:
+                raise DataError(
+                    f"{path / 'config.json'} says {layer.top_k} experts per token, but {layer.name} has "
+                    f"{layer.num_experts}"
+                )
+        self._keys = KeyMap(self.skeleton, entries)
+        self._files = sorted({entry.path for entry in entries.values()})
+        if self._keys.unknown and on_notice is not None:
+            names = ", ".join(self._keys.unknown[:5])
+            on_notice(f"{len(self._keys.unknown)} tensors of the checkpoint are not used by the model: {names}")
+
+    def layers(self) -> list[MoeLayer]:
+        return [site.layer for site in self.skeleton.sites]
+
+    def expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:
+        return self._keys.expert(layer, index)
+
+    def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._keys.trunk()
+
+    def packable(self) -> set[str]:
+        return packable_names(self.skeleton)
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Name, size and time of change of the config and every shard: whether a half-done conversion was of them."""
+        files = [self.path / "config.json", *self._files]
+        return [[file.name, stat.st_size, stat.st_mtime_ns] for file in files if (stat := file.stat())]
+
+    def copy_files(self, dest: Path) -> None:
+        found = {self.path / name for name in SMALL_FILES}
+        for pattern in SMALL_PATTERNS:
+            found.update(self.path.glob(pattern))
+        for file in sorted(found):
+            if file.is_file() and file.stat().st_size <= _MAX_SMALL_FILE:
+                _check_link(self.path, file)
+                shutil.copyfile(file, dest / file.name)
+
+
+def _read_config_json(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} has no config.json: it is not a checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file} is damaged ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file} is not the config of a model; download it again")
+    return content
+
+
+def _of_config(path: Path, function: Callable[..., _T], *args: Any) -> _T:
+    """`function(*args)`, where any error is the config's fault: the library raises many kinds for bad values."""
+    try:
+        return function(*args)
+    except PocketMoEError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path / 'config.json'} cannot be used: {reason}") from error
+
+
+def _find_tensors(path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the checkpoint's shards, from the index where there is one."""
+    index = path / INDEX_FILE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted(set(weight_map.values()))
+            if not all(isinstance(shard, str) for shard in shards):
+                raise TypeError("weight_map must hold file names")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(f"{index} is damaged ({error}); download it again") from None
+        for shard in shards:
+            _check_inside(path, shard, index)
+        missing = [shard for shard in shards if not (path / shard).is_file()]
+        if missing:
+            raise DataError(
+                f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(shards)}); download it again"
+            )
+    else:
+        weight_map = None
+        shards = sorted(file.name for file in path.glob("*.safetensors"))
+        for shard in shards:
+            _check_link(path, path / shard)
+        if not shards:
+            pickled = sorted(file.name for ending in ("*.bin", "*.pt", "*.pth") for file in path.glob(ending))
+            if pickled:
+                raise DataError(
+                    f"{path} holds pickled weights ({pickled[0]}), which are never opened because they can run code; "
+                    "get the safetensors version of this model"
+                )
+            raise DataError(f"{path} has no *.safetensors files")
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards:
+        for name, entry in read_header(path / shard).items():
+            if weight_map is not None and weight_map.get(name) != shard:
+                continue
+            if name in entries:
+                raise DataError(f"{path}: tensor {name} is in both {entries[name].path.name} and {shard}")
+            entries[name] = entry
+    lost = [name for name in weight_map or () if name not in entries]
+    if lost:
+        raise DataError(
+            f"{path}: tensor {lost[0]} is not in {(weight_map or {})[lost[0]]} as the index says; download it again"
+        )
+    return entries
+
+
+def _check_inside(path: Path, shard: str, index: Path) -> None:
+    """A shard's name may not lead out of the checkpoint (the hub's cache, where files are links to blobs, is fine)."""
+    plain = shard not in ("", ".", "..") and Path(shard).name == shard and "\\" not in shard and shard.isprintable()
+    if not plain:
+        raise DataError(f"{index} names the file {shard!r}, which is not a file of its directory")
+    _check_link(path, path / shard)
+
+
+def _check_link(path: Path, file: Path) -> None:
+    target = file.resolve()
+    blobs = path.resolve().parent.parent / "blobs"
+    if target.parent != path.resolve() and target.parent != blobs and target.exists():
+        raise DataError(f"{file} is a link to {target}, outside of the checkpoint")
+
+
+def _main_dtype(config: Any, entries: dict[str, TensorEntry]) -> torch.dtype:
+    """The dtype to run in: what the config says, else that of most of the bytes."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    sizes: dict[str, int] = {}
+    for entry in entries.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    common = max(sizes, key=lambda name: sizes[name], default="F32")
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(common, torch.float32)

@@ -1,0 +1,68 @@
+"""What a user may choose, in one frozen object."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..cache.units import parse_bytes
+from .errors import UsageError
+
+IO_MODES = ("direct", "mmap", "buffered")
+KERNELS = ("auto", "native", "torch")
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """Options of `load`. None means "choose for me"; the choice is made once, by the plan, and shown.
+
+    Build it with `OffloadConfig.of(**options)`, which parses sizes and names the nearest option on a typing mistake.
+    """
+
+    ram: int | None = None
+    """Hard limit in bytes on the peak resident memory of the whole process."""
+    context: int | None = None
+    """Tokens that the KV cache has room for."""
+    policy: str = "lru"
+    """Eviction policy of the expert cache."""
+    prefetch: bool = True
+    """Read ahead what the next layer's router will probably choose."""
+    io: str = "direct"
+    """How records are read: direct (past the page cache), buffered, or mmap."""
+    kernels: str = "auto"
+    """What computes experts: native (compiled), torch, or auto (native where it can be had)."""
+    threads: int | None = None
+    """Compute threads."""
+    readers: int = 4
+    """Threads that read records; the queue depth of the disk."""
+    prefill_chunk: int = 256
+    """Prompt tokens per forward pass. It decides the shapes of matrix products, and so an answer's last bits."""
+    slots: int | None = None
+    """Exactly this many expert slots instead of what the budget leaves (for tests and benchmarks)."""
+    verify: bool = True
+    """Check each record's checksum on its first read."""
+
+    @classmethod
+    def of(cls, **options: Any) -> OffloadConfig:
+        """A checked config. Raises UsageError for unknown options and values out of range."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known options: {', '.join(known)}"
+                raise UsageError(f"unknown option {name!r}{hint}")
+        if options.get("ram") is not None:
+            try:
+                options["ram"] = parse_bytes(options["ram"])
+            except ValueError as error:
+                raise UsageError(f"ram: {error}") from None
+        config = cls(**options)
+        for name, allowed in (("io", IO_MODES), ("kernels", KERNELS)):
+            if getattr(config, name) not in allowed:
+                raise UsageError(f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")
+        for name in ("context", "threads", "readers", "prefill_chunk", "slots"):
+            value = getattr(config, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise UsageError(f"{name} must be a positive whole number, not {value!r}")
+        return config

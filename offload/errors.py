@@ -1,0 +1,33 @@
+"""Errors that a user can act on: one clear sentence each, with the exit code that the command line returns."""
+
+from __future__ import annotations
+
+
+class PocketMoEError(Exception):
+    """Base of all errors whose message is meant for the user: what, where, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(PocketMoEError):
+    """An option or argument that cannot be used as given."""
+
+    exit_code = 2
+
+
+class DataError(PocketMoEError):
+    """A checkpoint or store that is missing, damaged, of another version or of an unsupported kind."""
+
+    exit_code = 3
+
+
+class MemoryBudgetError(PocketMoEError):
+    """The budget cannot hold what has to be resident."""
+
+    exit_code = 4
+
+
+class DeviceError(PocketMoEError):
+    """A device or driver that is missing or failed."""
+
+    exit_code = 5

@@ -1,0 +1,61 @@
+"""Which kernels compute a model's experts: native ones where they can, torch where not, and never in silence."""
+
+from __future__ import annotations
+
+from ..quant.activations import Activation
+from ..quant.codecs import Int4Codec
+from ..quant.kernels import ExpertKernels, TorchKernels
+from ..quant.native import NativeKernels, NativePool, load_native, why_missing
+from .config import OffloadConfig
+from .errors import UsageError
+from .hf import MoeSite
+from .manifest import Manifest
+from .source import OnNotice
+
+
+def open_pool(config: OffloadConfig) -> NativePool | None:
+    """The threads that experts and trunk matrices share; None where torch has to compute.
+
+    Raises:
+        UsageError: `kernels="native"` was asked for and there is no library; says why.
+    """
+    if config.kernels == "torch":
+        return None
+    if load_native() is None:
+        if config.kernels == "native":
+            raise UsageError(f"native kernels were asked for: {why_missing()}")
+        return None
+    return NativePool(config.threads)
+
+
+def make_kernels(
+    sites: list[MoeSite], manifest: Manifest, config: OffloadConfig, pool: NativePool | None, on_notice: OnNotice
+) -> list[ExpertKernels]:
+    """One kernel per MoE layer, all on one pool of threads.
+
+    Raises:
+        UsageError: `kernels="native"` was asked for and cannot compute these experts; says why.
+    """
+    codec, layouts = manifest.codec_and_layouts()
+    if pool is not None and isinstance(codec, Int4Codec) and (activations := _native_activations(sites)):
+        return [
+            NativeKernels(codec.fmt, layout, site.layer.shape, activation, pool=pool)
+            for site, layout, activation in zip(sites, layouts, activations, strict=True)
+        ]
+    if pool is None:
+        obstacle = why_missing()
+    elif not isinstance(codec, Int4Codec):
+        obstacle = f"The native kernels have no codec {codec.name}."
+    else:
+        obstacle = f"The native kernels lack the activation of {type(sites[0].experts).__name__}."
+    if config.kernels == "native":
+        raise UsageError(f"native kernels were asked for: {obstacle}")
+    if config.kernels == "auto" and not codec.lossless:  # who takes lossless records does not ask for speed
+        on_notice(f"{obstacle} Using torch for the experts meanwhile, which is several times slower.")
+    return [TorchKernels(codec, layout, site.apply_gate) for site, layout in zip(sites, layouts, strict=True)]
+
+
+def _native_activations(sites: list[MoeSite]) -> list[Activation] | None:
+    """Each layer's activation, or None when the native kernels lack one."""
+    found = [site.activation() for site in sites]
+    return None if None in found else [activation for activation in found if activation is not None]

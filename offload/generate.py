@@ -1,0 +1,209 @@
+"""Our token loop: prompt in chunks, then token by token, text as it becomes certain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..cache.stats import RunStats
+from . import hf
+from .errors import UsageError
+from .sampling import Sampler, Sampling
+from .source import OnProgress, Progress
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer. `tokens` counts the answer's tokens so far; `finish_reason` comes with the last chunk:
+    "stop" (end of answer or a stop text), "length" (max_tokens) or "context" (no room left)."""
+
+    text: str
+    tokens: int
+    finish_reason: str | None = None
+
+
+class Completion(NamedTuple):
+    """A whole answer."""
+
+    text: str
+    prompt_tokens: int
+    generated_tokens: int
+    finish_reason: str
+
+
+class Sequence:
+    """One sequence of tokens and its KV cache.
+
+    Args:
+        model: a causal language model of transformers.
+        context: most tokens.
+        chunk: prompt tokens per forward pass.
+        step_threads: torch's threads for a single token; None leaves them alone. Where native kernels do the hard work,
+            what remains for torch is too small to share, and its idle threads would spin on the kernels' cores.
+    """
+
+    def __init__(self, model: Any, context: int, chunk: int, step_threads: int | None = None) -> None:
+        self._model, self.context, self._chunk = model, context, chunk
+        self._step_threads = step_threads
+        self.ids: list[int] = []
+        """The tokens whose keys and values are cached."""
+        self._cache = hf.new_kv_cache(model.config, context)
+
+    def reset(self) -> None:
+        self.ids = []
+        self._cache = hf.new_kv_cache(self._model.config, self.context)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens; starts over where the architecture cannot take tokens back."""
+        if length < len(self.ids):
+            if length == 0 or not hf.can_crop(self._cache):
+                self.reset()
+            else:
+                self._cache.crop(length - len(self.ids))
+                del self.ids[length:]
+
+    @torch.inference_mode()
+    def feed(self, ids: list[int], on_progress: OnProgress | None = None) -> torch.Tensor:
+        """Run new tokens through the model; returns the last one's logits [vocabulary]."""
+        assert ids and len(self.ids) + len(ids) <= self.context, (len(self.ids), len(ids), self.context)
+        logits = None
+        for start in range(0, len(ids), self._chunk):
+            part = ids[start : start + self._chunk]
+            begin, threads = len(self.ids), torch.get_num_threads()
+            if len(part) == 1 and self._step_threads:
+                torch.set_num_threads(self._step_threads)
+            try:
+                output = self._model(
+                    input_ids=torch.tensor([part]),
+                    position_ids=torch.arange(begin, begin + len(part))[None],
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            except BaseException:
+                self.reset()  # some layers may have cached this chunk and others not
+                raise
+            finally:
+                torch.set_num_threads(threads)
+            self.ids += part
+            logits = output.logits[0, -1]
+            if on_progress and len(ids) > self._chunk:
+                on_progress(Progress("prompt", start + len(part), len(ids), "tokens"))
+        assert logits is not None
+        return logits
+
+
+class TextStream:
+    """Token ids to text that never ends inside a character, and never shows what may yet become a stop text."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(s for s in stop if s)
+        self._ids: list[int] = []
+        self._from = self._read = 0
+        self._held = ""
+        """Certain text that has not been given out."""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that is now certain."""
+        self._ids.append(token)
+        # Decode together with the token before: some tokenizers write a token differently at the start of a text.
+        before, now = self._decode(self._ids[self._from : self._read]), self._decode(self._ids[self._from :])
+        if len(now) <= len(before) or now.endswith("\ufffd"):
+            return ""
+        self._from, self._read = self._read, len(self._ids)
+        return self._give(now[len(before) :], final=False)
+
+    def finish(self) -> str:
+        """The rest, once no token follows."""
+        before, now = self._decode(self._ids[self._from : self._read]), self._decode(self._ids[self._from :])
+        self._read = len(self._ids)
+        return self._give(now[len(before) :], final=True)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _give(self, text: str, final: bool) -> str:
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._held[: min(found)]
+        keep = (
+            0
+            if final
+            else max(
+                (n for stop in self._stop for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0
+            )
+        )
+        out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return out
+
+
+def stream_answer(
+    sequence: Sequence,
+    tokenizer: Any,
+    prompt: list[int],
+    sampling: Sampling,
+    ends: set[int],
+    stats: RunStats,
+    on_progress: OnProgress | None = None,
+    generated: list[int] | None = None,
+    after_step: Callable[[], None] = lambda: None,
+) -> Iterator[Chunk]:
+    """Feed a prompt and yield the answer piece by piece.
+
+    Args:
+        prompt: new tokens only; what `sequence` holds comes before them.
+        ends: token ids that end the answer.
+        generated: filled with the answer's token ids, the ending one included.
+        after_step: called between forward passes.
+
+    Raises:
+        UsageError: the prompt does not fit into the context.
+    """
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    if len(sequence.ids) + len(prompt) >= sequence.context:
+        raise UsageError(
+            f"the prompt has {len(sequence.ids) + len(prompt):,} tokens, the context holds {sequence.context:,}; "
+            f"shorten it, clear the conversation, or load with a larger context"
+        )
+    begin = time.perf_counter()
+    stats.enter("prompt")
+    sampler = Sampler(sampling, sequence.ids + prompt)
+    logits = sequence.feed(prompt, on_progress)
+    token = sampler.choose(logits)
+    stats.record_prompt(len(prompt), time.perf_counter() - begin)
+    stats.time_to_first_token_s = time.perf_counter() - begin
+    stats.enter("answer")
+    text, count, reason = TextStream(tokenizer, sampling.stop), 0, None
+    steps, begin = 0, time.perf_counter()
+    generated = generated if generated is not None else []
+    while True:
+        count += 1
+        generated.append(token)
+        piece = "" if token in ends else text.push(token)
+        stats.record_answer(1, steps, time.perf_counter() - begin if steps else 0.0)
+        if token in ends or text.stopped:
+            reason = "stop"
+        elif sampling.max_tokens is not None and count >= sampling.max_tokens:
+            reason = "length"
+        elif len(sequence.ids) + 1 > sequence.context:
+            reason = "context"
+        if reason is not None:
+            piece += text.finish()
+            stats.finish_reason = reason
+            yield Chunk(piece, count, reason)
+            return
+        if piece:
+            yield Chunk(piece, count)
+        after_step()
+        begin, steps = time.perf_counter(), 1
+        token = sampler.choose(sequence.feed([token]))

@@ -1,0 +1,175 @@
+"""Names in checkpoint files -> parameters of the model, through transformers' own conversion mapping.
+
+The mapping renames keys, and merges, splits or transposes tensors by operations. An expert is loaded by running the
+same operations on a batch of one expert, so that every layout which transformers reads (one tensor per expert, all
+experts fused in one) works without code per family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from .errors import DataError
+from .hf import MoeSite, Skeleton
+from .tensorfile import TensorEntry
+
+
+class _Target(NamedTuple):
+    """What one parameter is made of: source tensors per pattern of the converter (None: taken as it is)."""
+
+    converter: Any
+    sources: dict[str | None, list[TensorEntry]]
+
+
+class KeyMap:
+    """Which tensors of a checkpoint make up each trunk parameter and each expert.
+
+    Raises:
+        DataError: a parameter of the model has no source, or an expert is missing; the message names the first.
+    """
+
+    def __init__(self, skeleton: Skeleton, entries: dict[str, TensorEntry]) -> None:
+        self.skeleton = skeleton
+        model = skeleton.model
+        transforms = get_model_conversion_mapping(model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        targets: dict[str, _Target] = {}
+        self.unknown: list[str] = []
+        for key in sorted(entries, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, skeleton.full_state)
+            if name not in skeleton.full_state and key in skeleton.full_state:
+                name, pattern = key, None
+            if name not in skeleton.full_state:
+                self.unknown.append(key)
+                continue
+            target = targets.setdefault(name, _Target(by_pattern.get(pattern or ""), defaultdict(list)))
+            target.sources[pattern].append(entries[key])
+        self._experts = [
+            {param: self._expert_target(site, param, targets) for param in site.params} for site in skeleton.sites
+        ]
+        self._trunk = {}
+        for name in skeleton.trunk_names():
+            if name in targets:
+                self._trunk[name] = target = targets[name]
+                if target.converter is None:
+                    self._check_shape(name, next(iter(target.sources.values()))[0].shape)
+            elif not any(name in _produced(t, n) for n, t in targets.items()):
+                raise DataError(f"the checkpoint has no tensor for {name}; is a shard missing?")
+
+    def _expert_target(self, site: MoeSite, param: str, targets: dict[str, _Target]) -> _Target:
+        target = targets.get(f"{site.name}.{param}")
+        if target is None:
+            raise DataError(f"the checkpoint has no tensor for {site.name}.{param}; is a shard missing?")
+        wanted = set(target.converter.source_patterns) if target.converter is not None else {None}
+        if set(target.sources) != wanted:
+            raise DataError(
+                f"{site.name}.{param} lacks source tensors for {sorted(map(str, wanted - set(target.sources)))}"
+            )
+        for pattern, found in target.sources.items():
+            what, wanted_count = f"{site.name}.{param}", site.layer.num_experts
+            if not _per_expert(pattern, found):
+                count = found[0].shape[0] if found[0].shape else 0
+            elif missing := set(range(wanted_count)).difference(_expert_numbers(found)):
+                raise DataError(
+                    f"expert {min(missing)} of {site.name} has no tensor for {pattern or param}; is a shard missing?"
+                )
+            else:
+                count = len(found)
+            if count != wanted_count:
+                raise DataError(f"{what} has {count} experts in the checkpoint, the config says {wanted_count}")
+        return target
+
+    def expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:
+        """One expert's tensors, as parts of its `ExpertShape`, in the checkpoint's dtype."""
+        site = self.skeleton.sites[layer]
+        params = {}
+        for param, target in self._experts[layer].items():
+            data = {
+                pattern: [found[index].read()[None] if pattern is None else found[index].read()]
+                if _per_expert(pattern, found)
+                else [found[0].read_index(index)]
+                for pattern, found in target.sources.items()
+            }
+            name = f"{site.name}.{param}"
+            tensor = next(iter(self._convert(name, target, data).values()))
+            shape = site.params[param][0][1:]
+            if tuple(tensor.shape) != (1, *shape):
+                raise DataError(
+                    f"expert {index} of {name} has shape {tuple(tensor.shape[1:])}, the config says {shape}"
+                )
+            params[param] = tensor[0]
+        return site.split(params)
+
+    def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All trunk parameters, one conversion group at a time."""
+        names = set(self.skeleton.trunk_names())
+        for name, target in self._trunk.items():
+            data = {pattern: [entry.read() for entry in found] for pattern, found in target.sources.items()}
+            for full_name, tensor in self._convert(name, target, data).items():
+                if full_name in names:
+                    self._check_shape(full_name, tuple(tensor.shape))
+                    yield full_name, tensor.to(self.skeleton.dtypes[full_name])
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        want = tuple(self.skeleton.full_state[name].shape)
+        if shape != want:
+            raise DataError(f"tensor {name} has shape {shape} in the checkpoint, the config says {want}")
+
+    def _convert(self, name: str, target: _Target, data: dict[Any, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+        try:
+            return self._run_operations(name, target, data)
+        except (RuntimeError, IndexError) as error:  # torch's, about tensors that do not fit together
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"the tensors that make up {name} have wrong shapes: {reason}") from None
+
+    def _run_operations(
+        self, name: str, target: _Target, data: dict[Any, list[torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        if target.converter is None:
+            return {name: next(iter(data.values()))[0]}
+        result: Any = data
+        for operation in target.converter.operations:
+            result = operation.convert(
+                result,
+                source_patterns=target.converter.source_patterns,
+                target_patterns=target.converter.target_patterns,
+                full_layer_name=name,
+                model=self.skeleton.model,
+                config=self.skeleton.config,
+                missing_keys=set(),
+            )
+        prefix, _, suffix = next((name.partition(key) for key in result if key in name), ("", "", ""))
+        return {
+            prefix + key + suffix if key in target.converter.target_patterns else key: v[0]
+            if isinstance(v, list)
+            else v
+            for key, v in result.items()
+        }
+
+
+def _per_expert(pattern: str | None, found: list[TensorEntry]) -> bool:
+    return len(found) > 1 or (pattern is not None and "*" in pattern)
+
+
+def _expert_numbers(found: list[TensorEntry]) -> list[int]:
+    """The expert that each of these tensors belongs to: the one number in which their names differ."""
+    numbers = [set(column) for column in zip(*(re.findall(r"\d+", entry.name) for entry in found), strict=False)]
+    varying = max(numbers, key=len, default=set())
+    return [int(number) for number in varying]
+
+
+def _produced(target: _Target, name: str) -> set[str]:
+    """Other parameters that the same converter yields beside its first target."""
+    if target.converter is None or len(target.converter.target_patterns) < 2:
+        return set()
+    first, *others = target.converter.target_patterns
+    return {name.replace(first, other, 1) for other in others}

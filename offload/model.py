@@ -1,0 +1,363 @@
+"""`load` puts the parts together; `Model` is what callers hold."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+import xxhash
+
+from ..cache.manager import ExpertCache
+from ..cache.policy import get_policy
+from ..cache.stats import RunStats
+from . import hf, memory
+from .chat import Conversation
+from .checkpoint import CheckpointSource
+from .config import OffloadConfig
+from .convert import convert, default_trunk
+from .errors import DataError, UsageError
+from .experts import make_kernels, open_pool
+from .generate import Chunk, Completion, Sequence, stream_answer
+from .manifest import Manifest
+from .predictor import RouterPredictor
+from .prefetch import NoPrefetch, Prefetcher
+from .runtime import ExpertRuntime
+from .sampling import read_generation_config
+from .source import OnNotice, OnProgress
+from .store import ExpertStore, is_store
+from .tiers import RamSlots
+from .transfer import ThreadedTransfers
+from .trunk import load_packed_trunk, trunk_bytes
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_CODEC = "int4-g32"
+
+
+def load(
+    path: str | Path,
+    *,
+    codec: str | None = None,
+    trunk: str | None = None,
+    on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
+    **options: Any,
+) -> Model:
+    """Load a model whose experts may be larger than memory.
+
+    Args:
+        path: a store, a checkpoint directory (converted into the user's cache folder on first use), or the id of a
+            repository in the local Hugging Face cache.
+        codec: record format for a conversion, "int4-g32" by default.
+        trunk: format of the large trunk matrices for a conversion, "int8-g32" by default; "keep" leaves them.
+        on_progress: called with `Progress` during long steps.
+        on_notice: called with a sentence whenever something is chosen or falls back.
+        options: fields of `OffloadConfig`, such as `ram="4GB"`, `context=8192`.
+
+    Raises:
+        UsageError, DataError, MemoryBudgetError: each with one sentence for the user.
+    """
+    config = OffloadConfig.of(**options)
+    notice = on_notice or (lambda _: None)
+    store_path = find_store(path, codec, on_progress, notice, trunk)
+    return Model(store_path, config, on_progress, notice)
+
+
+def find_store(
+    path: str | Path,
+    codec: str | None = None,
+    on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
+    trunk: str | None = None,
+) -> Path:
+    """The store for a path or cached hub id; converts a checkpoint first if it has none yet."""
+    local = Path(path).expanduser()
+    if not local.exists():
+        local = _hub_snapshot(str(path))
+    if is_store(local):
+        return local
+    codec, trunk = codec or DEFAULT_CODEC, trunk or default_trunk(codec or DEFAULT_CODEC)
+    resolved = local.resolve()
+    name = "--".join(resolved.parts[-3:] if resolved.parent.name == "snapshots" else resolved.parts[-1:])
+    digest = xxhash.xxh3_64_hexdigest(str(resolved).encode())[:8]  # tells directories of the same name apart
+    dest = platformdirs.user_cache_path("pocketmoe") / "stores" / f"{name}-{digest}-{codec}-trunk-{trunk}"
+    notice = on_notice or (lambda _: None)
+    if is_store(dest):
+        obstacle = _out_of_date(dest, local)
+        if obstacle is None:
+            return dest
+        notice(f"{obstacle}; converting {local} again")
+        shutil.rmtree(dest)
+    notice(f"converting {local} to {codec} in {dest}, once")
+    return convert(CheckpointSource(local, on_notice), dest, codec, on_progress, on_notice, trunk)
+
+
+def _out_of_date(store: Path, checkpoint: Path) -> str | None:
+    """Why a store in the cache cannot stand for its checkpoint any more; None when it can."""
+    try:
+        identity = Manifest.read(store).extra.get("identity", {})
+    except DataError as error:
+        return str(error).partition(";")[0]
+    for name, size, mtime in identity.get("files", []):
+        try:
+            stat = (checkpoint / name).stat()
+        except OSError:
+            continue  # the store outlives its source
+        if (stat.st_size, stat.st_mtime_ns) != (size, mtime):
+            return f"{checkpoint / name} has changed since it was converted"
+    return None
+
+
+def _hub_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise DataError(f"{name} is neither a directory nor a model in the local Hugging Face cache") from None
+
+
+class Model:
+    """A loaded model. Use it as a context manager, or call `close`."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: OffloadConfig,
+        on_progress: OnProgress | None = None,
+        on_notice: OnNotice | None = None,
+    ) -> None:
+        notice = on_notice or (lambda _: None)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.path, self._notice = path, notice
+        self._store = ExpertStore(path, config.io, config.verify, notice)
+        try:
+            self._load(config, on_progress, notice)
+        except BaseException:
+            self._store.close()
+            raise
+
+    def _load(self, config: OffloadConfig, on_progress: OnProgress | None, notice: OnNotice) -> None:
+        store, manifest = self._store, self._store.manifest
+        pool = open_pool(config)
+        # Packed matrices compute in float32; with half-precision activations each would convert back and forth.
+        packed = manifest.trunk_packed if pool is not None else {}
+        skeleton = hf.build_skeleton(hf.read_config(self.path), torch.float32 if packed else None)
+        if [site.layer for site in skeleton.sites] != manifest.layers:
+            raise DataError(f"{self.path}: config.json and pocketmoe.json describe different experts; convert again")
+        self.tokenizer = _load_tokenizer(self.path)
+        self.sampling, self._ends = read_generation_config(self.path)
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            self._ends.add(self.tokenizer.eos_token_id)
+        longest = getattr(skeleton.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+        context = config.context or min(longest, DEFAULT_CONTEXT)
+        if context > longest:
+            raise UsageError(f"context {context:,} is more than the {longest:,} tokens that this model was made for")
+        needs = memory.Needs(
+            program=memory.resident_bytes(),
+            trunk=trunk_bytes(manifest, skeleton, pool),
+            kv=hf.measure_kv_bytes(skeleton, context),
+            workspace=_workspace_bytes(skeleton, context, config.prefill_chunk),
+            record=store.record_bytes,
+            experts=manifest.num_experts,
+            floor=sum(layer.top_k for layer in manifest.layers),
+            context=context,
+        )
+        plan = memory.make_plan(needs, config.ram, config.slots)
+        load_packed_trunk(skeleton, store, pool, on_progress)
+        hf.find_router_norms(skeleton)  # also a first forward: libraries load what they need now, before we measure
+        memory.return_freed_memory()
+        grown = memory.resident_bytes() - needs.trunk
+        plan = memory.adjust(plan, needs._replace(program=max(grown, needs.program)))
+        self.plan = plan
+        self._step_threads = 1 if packed else None
+        self.config = config
+        self.context = context
+        self.transformers_model: Any = skeleton.model
+        self._closed = False
+        layers = manifest.layers
+        self._stats = RunStats(
+            len(layers),
+            store.record_bytes,
+            slots=plan.slots,
+            total_experts=manifest.num_experts,
+            ram_budget_bytes=plan.budget,
+            model=manifest.source,
+            codec=manifest.codec,
+            policy=config.policy,
+            io=store.io,
+        )
+        try:
+            policy = get_policy(config.policy, plan.slots, needs.floor)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        cache = ExpertCache(plan.slots, policy, len(layers), max(layer.top_k for layer in layers))
+        slots = RamSlots(plan.slots, store.record_bytes)
+        transfers = ThreadedTransfers(store, self._stats, config.readers)
+        ahead = Prefetcher(cache, slots, transfers, self._stats) if config.prefetch else NoPrefetch()
+        predictor = RouterPredictor(skeleton.sites) if config.prefetch else None
+        kernels = make_kernels(skeleton.sites, manifest, config, pool, notice)
+        self._stats.kernels = kernels[0].name
+        self._runtime = ExpertRuntime(cache, slots, transfers, kernels, self._stats, ahead, predictor)
+        hf.attach(skeleton, lambda site, x, index, weights: self._runtime.run_layer(site.index, x, index, weights))
+
+    # Text in, text out
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def generate(self, prompt: str, **options: Any) -> Completion:
+        """The whole answer to a prompt. Options as for `stream`."""
+        chunks = list(self.stream(prompt, **options))
+        snapshot = self._stats.snapshot()
+        return Completion(
+            "".join(c.text for c in chunks), snapshot.prompt.tokens, chunks[-1].tokens, chunks[-1].finish_reason or ""
+        )
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        on_progress: OnProgress | None = None,
+        **options: Any,
+    ) -> Iterator[Chunk]:
+        """Answer a prompt piece by piece.
+
+        Args:
+            system: a system message.
+            raw: continue the text as it is, without the chat template.
+            options: fields of `Sampling`; the model's own defaults otherwise.
+        """
+        if raw or not self.has_chat_template:
+            ids = self.encode(prompt, special=True)
+        else:
+            messages = [{"role": "system", "content": system}] if system else []
+            ids = self.encode(self.render_chat([*messages, {"role": "user", "content": prompt}], True))
+        yield from self.answer(self.new_sequence(), ids, [], on_progress, **options)
+
+    def chat(self, system: str | None = None) -> Conversation:
+        """A new conversation."""
+        conversation = Conversation(self, system)
+        conversation.require_template()
+        return conversation
+
+    def answer(
+        self,
+        sequence: Sequence,
+        ids: list[int],
+        generated: list[int],
+        on_progress: Callable[..., None] | None = None,
+        **options: Any,
+    ) -> Generator[Chunk, None, None]:
+        """Feed new tokens to a sequence and stream the answer; `generated` is filled with its token ids."""
+        if self._closed:
+            raise UsageError("this model has been closed")
+        sampling = self.sampling.with_options(**options)
+        yield from stream_answer(
+            sequence, self.tokenizer, ids, sampling, self._ends, self._stats, on_progress, generated, self._after_step
+        )
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence with room for the whole context."""
+        return Sequence(self.transformers_model, self.context, self.config.prefill_chunk, self._step_threads)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids; `special` adds what the tokenizer puts around a text (a rendered chat has it already)."""
+        return self._require_tokenizer()(text, add_special_tokens=special)["input_ids"]
+
+    def decode_exactly(self, ids: list[int]) -> str:
+        return self._require_tokenizer().decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def render_chat(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+        """Messages as the text that the model's chat template makes of them. Raises UsageError when it refuses."""
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self._require_tokenizer().apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except TemplateError as error:
+            raise UsageError(f"the model's chat template refuses this conversation: {error}") from None
+
+    def _require_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise UsageError(f"{self.path} has no tokenizer files; only token ids can be used (transformers_model)")
+        return self.tokenizer
+
+    # State
+
+    def _after_step(self) -> None:
+        """Hold the budget: if something else in the process grew, slots give way."""
+        self._runtime.cache.tick()
+        over = memory.resident_bytes() - self.plan.budget
+        if (
+            over > 0
+            and (slots := self._runtime.cache.capacity - -(-over // self._store.record_bytes)) >= self.plan.needs.floor
+        ):
+            self._runtime.shrink(slots)
+            self._stats.slots = slots
+            self._notice(f"memory grew beyond the plan: {slots:,} expert slots remain")
+
+    def stats(self) -> RunStats:
+        """A snapshot of the counters since the load or the last `reset_stats`."""
+        snapshot = self._stats.snapshot()
+        snapshot.peak_rss_bytes = memory.peak_resident_bytes()
+        return snapshot
+
+    def reset_stats(self) -> None:
+        self._stats.reset()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the cache's books or the statistics do not add up (for tests)."""
+        self._runtime.prefetch.drain()
+        self._runtime.cache.check_integrity(idle=True)
+        self._stats.check()
+
+    def close(self) -> None:
+        """Stop the reading threads and give the memory back. The model cannot be used afterwards."""
+        if not self._closed:
+            self._closed = True
+            self._runtime.close()
+            self._store.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "tekken.json", "vocab.txt")
+    if not any((path / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds
+        raise DataError(f"{path}: the tokenizer cannot be loaded: {error}") from None
+
+
+def _workspace_bytes(skeleton: hf.Skeleton, context: int, chunk: int) -> int:
+    """An upper bound on what a forward of `chunk` prompt tokens needs beside weights and cache."""
+    config = skeleton.config.get_text_config()
+    hidden = config.hidden_size
+    heads = getattr(config, "num_attention_heads", 1)
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    inner = max(site.layer.shape.intermediate for site in skeleton.sites)
+    k = max(site.layer.top_k for site in skeleton.sites)
+    activations = chunk * 4 * (12 * hidden + 8 * heads * head_dim)
+    experts = chunk * k * 4 * (hidden + 3 * inner) + 5 * 4 * hidden * inner
+    eager = getattr(config, "_attn_implementation", "eager") == "eager"
+    attention = chunk * context * (12 * heads if eager else 8) + context * heads * head_dim * 4 * 2
+    logits = 8 * 4 * config.vocab_size
+    return activations + experts + attention + logits + (48 << 20)

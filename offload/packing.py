@@ -1,0 +1,60 @@
+"""Packing the trunk's large matrices at conversion: which ones, and what the manifest says of them.
+
+Attention, shared experts and the head are read whole for every token: in INT8 they cost half of what bf16 does, in time
+and in memory, and run on the same kernels as the experts. Routers, norms and small matrices stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..quant.linear import PackedMatrix, matrix_format
+from .errors import DataError
+from .hf import Skeleton
+
+SMALLEST = 1 << 16
+"""Matrices of fewer weights stay as they are: they cost nothing, and some are sensitive."""
+
+
+class PackedEntry(NamedTuple):
+    """A packed trunk matrix in the manifest: its format's name and its real shape."""
+
+    format: str
+    rows: int
+    cols: int
+
+
+def packable_names(skeleton: Skeleton) -> set[str]:
+    """The trunk parameters that may be packed: weights of plain Linears and Embeddings, routers excepted."""
+    routers = [site.router for site in skeleton.sites if site.router is not None]
+    inside = {id(module) for router in routers for module in router.modules()}
+    return {
+        f"{name}.weight"
+        for name, module in skeleton.model.named_modules()
+        if type(module) in (nn.Linear, nn.Embedding)
+        and id(module) not in inside
+        and skeleton.full_state[f"{name}.weight"].numel() >= SMALLEST
+        and f"{name}.weight" not in skeleton.model.all_tied_weights_keys
+        and skeleton.dtypes[f"{name}.weight"]
+        == skeleton.full_state[f"{name}.weight"].dtype  # not kept in float32 on purpose
+    }
+
+
+def pack_trunk(
+    tensors: Iterator[tuple[str, torch.Tensor]], names: set[str], fmt: str, packed: dict[str, PackedEntry]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pack the tensors of `names`, pass the others through, and enter what was packed into `packed`."""
+    chosen = matrix_format(fmt)
+    for name, tensor in tensors:
+        if name in names:
+            try:
+                matrix = PackedMatrix.pack(tensor, chosen)
+            except ValueError as error:
+                raise DataError(f"trunk tensor {name}: {error}") from None
+            packed[name] = PackedEntry(fmt, matrix.rows, matrix.cols)
+            tensor = matrix.data
+        yield name, tensor

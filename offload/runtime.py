@@ -1,0 +1,233 @@
+"""The hot path: one MoE layer of one forward, its experts in slots or on their way.
+
+`run_layer` decides nothing about eviction and computes nothing itself: the cache says who is where, the transfers bring
+what is missing, the kernels compute from the slots, and the parts are summed in expert order, so that the result does
+not depend on what was cached, prefetched or how large the budget is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..cache.expert import ExpertId, Lookup
+from ..cache.manager import ExpertCache
+from ..cache.stats import RunStats
+from ..quant.kernels import ExpertJob, ExpertKernels
+from .predictor import RouterPredictor
+from .prefetch import Prefetch
+from .tiers import RamSlots
+from .transfer import Transfers
+
+
+class Assignment(NamedTuple):
+    """Which tokens each expert of a layer serves: T tokens, k experts each, R = T * k rows sorted by expert."""
+
+    experts: list[int]
+    """Distinct experts, ascending."""
+    starts: list[int]
+    """First row of each expert; one more entry, R, at the end."""
+    rows: torch.Tensor
+    """int32 [R]: the token of each row."""
+    places: torch.Tensor
+    """int64 [T, k]: each token's rows, ascending by expert: the fixed order of summation."""
+    order: torch.Tensor
+    """int64 [T, k]: the column of `top_k_index` that each place belongs to."""
+
+    @classmethod
+    def of(cls, top_k_index: torch.Tensor) -> Assignment:
+        tokens, k = top_k_index.shape
+        ranked, order = torch.sort(top_k_index, dim=1)
+        if tokens == 1:
+            experts = ranked[0].tolist()
+            if len(set(experts)) == k:  # as every top-k router gives; anything else takes the general way
+                places = torch.arange(k).reshape(1, k)
+                return cls(experts, list(range(k + 1)), torch.zeros(k, dtype=torch.int32), places, order)
+        flat, by_expert = torch.sort(ranked.reshape(-1), stable=True)
+        experts_t, counts = torch.unique_consecutive(flat, return_counts=True)
+        starts = [0, *counts.cumsum(0).tolist()]
+        places = torch.empty(tokens * k, dtype=torch.int64)
+        places[by_expert] = torch.arange(tokens * k)
+        rows = (by_expert // k).to(torch.int32)
+        return cls(experts_t.tolist(), starts, rows, places.reshape(tokens, k), order)
+
+    def job(self, record: torch.Tensor, expert: int) -> ExpertJob:
+        at = self.experts.index(expert)
+        return ExpertJob(record, self.starts[at], self.starts[at + 1] - self.starts[at])
+
+
+def combine(parts: torch.Tensor, work: Assignment, top_k_weights: torch.Tensor) -> torch.Tensor:
+    """Each token's experts, weighted and summed in expert order: float32 [T, H].
+
+    Args:
+        parts: float32 [R, H], the experts' outputs by row.
+        top_k_weights: [T, k], in the router's order.
+    """
+    weights = top_k_weights.float().gather(1, work.order)
+    total = parts[work.places[:, 0]] * weights[:, :1]
+    for i in range(1, work.places.shape[1]):
+        total.addcmul_(parts[work.places[:, i]], weights[:, i : i + 1])
+    return total
+
+
+class ExpertRuntime:
+    """Runs the MoE layers of a model over a cache of slots.
+
+    Args:
+        kernels: one per MoE layer.
+    """
+
+    prompt_reads = 12
+    """Reads in flight while a prompt streams through: enough to keep the disk busy, few enough that the experts which
+    the answer will want stay where they are."""
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        slots: RamSlots,
+        transfers: Transfers,
+        kernels: Sequence[ExpertKernels],
+        stats: RunStats,
+        prefetch: Prefetch,
+        predictor: RouterPredictor | None,
+    ) -> None:
+        self.cache, self.slots, self.transfers, self.kernels = cache, slots, transfers, kernels
+        self.stats, self.prefetch, self.predictor = stats, prefetch, predictor
+
+    def run_layer(
+        self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index, top_k_weights: [T, k], from the router.
+
+        Returns:
+            [T, H], in the dtype of `hidden_states`.
+        """
+        prompt = hidden_states.shape[0] > 1
+        guess = None if prompt or self.predictor is None else self.predictor.predict(layer + 1)
+        work = Assignment.of(top_k_index)
+        self.prefetch.settle(layer, set(work.experts))
+        wanted = self.cache.lookup(layer, work.experts, promote=not prompt)
+        late = sum(map(self.cache.is_arriving, wanted.misses))
+        self.stats.record(layer, wanted, late, self.prefetch.first_uses(wanted.hits))
+        reads = _Reads(self, layer, wanted, keep=self._worth_keeping(layer, work) if prompt else None)
+        try:
+            reads.start()
+            if guess is not None:
+                self.prefetch.request(layer + 1, guess.reshape(-1).tolist())  # queued behind what we wait for
+            hidden, parts = hidden_states.float().contiguous(), torch.empty(len(work.rows), hidden_states.shape[1])
+            self._compute(layer, wanted.hits, hidden, work, parts)  # while misses travel
+            reads.release(wanted.hits)
+            while ready := reads.next():
+                self._compute(layer, ready, hidden, work, parts)
+                reads.release(ready)
+        finally:
+            reads.close()
+        return combine(parts, work, top_k_weights).to(hidden_states.dtype)
+
+    def _compute(
+        self, layer: int, experts: Sequence[ExpertId], hidden: torch.Tensor, work: Assignment, parts: torch.Tensor
+    ) -> None:
+        if not experts:
+            return
+        start = time.perf_counter()
+        jobs = []
+        for expert in experts:
+            slot = self.cache.slot_of(expert)
+            assert slot is not None and not self.cache.is_arriving(expert), expert
+            jobs.append(work.job(self.slots.record(slot), expert.index))
+        self.kernels[layer].run(hidden, work.rows, jobs, parts)
+        self.stats.record_compute(time.perf_counter() - start)
+
+    def _worth_keeping(self, layer: int, work: Assignment) -> set[int]:
+        """Those of a prompt's experts that an answer will want: the layer's fair share of slots, most tokens first."""
+        share = max((self.cache.capacity - self.prompt_reads) // self.cache.layers, self.cache.floor)
+        counts = sorted(range(len(work.experts)), key=lambda i: (work.starts[i] - work.starts[i + 1], i))
+        return {work.experts[i] for i in counts[:share]}
+
+    def shrink(self, capacity: int) -> None:
+        """Give memory back: keep only the first `capacity` slots. Between forwards only."""
+        self.prefetch.drain()
+        for expert, _slot in self.cache.resize(capacity):
+            self.prefetch.evicted(expert)
+        self.slots.shrink(capacity)
+
+    def close(self) -> None:
+        self.prefetch.drain()
+        self.transfers.close()
+        if self.predictor is not None:
+            self.predictor.close()
+
+
+class _Reads:
+    """The misses of one layer on their way: started as slots allow, handed out as they arrive, everything locked until
+    released, and nothing left half-done when an error or Ctrl-C cuts in.
+
+    Args:
+        keep: experts that stay after a prompt; the others leave first. None (an answer's token): all stay.
+    """
+
+    def __init__(self, runtime: ExpertRuntime, layer: int, wanted: Lookup, keep: set[int] | None) -> None:
+        self._cache, self._slots, self._transfers = runtime.cache, runtime.slots, runtime.transfers
+        self._prefetch, self._stats = runtime.prefetch, runtime.stats
+        self._layer = layer
+        # Guesses that turned out right come first: they own slots already, which nobody may take from them now.
+        self._flying = {e: self._prefetch.claim(e) for e in wanted.misses if self._cache.is_arriving(e)}
+        self._waiting = deque(e for e in wanted.misses if e not in self._flying)
+        self._keep, self._most = keep, runtime.prompt_reads
+        self._locked: set[ExpertId] = {*wanted.hits, *self._flying}
+        self._cache.lock(self._locked)
+
+    def start(self) -> None:
+        """Start as many reads as there are slots for."""
+        while self._waiting and (self._keep is None or len(self._flying) < self._most):
+            expert = self._waiting[0]
+            transient = self._keep is not None and expert.index not in self._keep
+            admission = self._cache.admit(expert, transient)
+            if admission is None:
+                return
+            self._prefetch.evicted(admission.evicted)
+            self._waiting.popleft()
+            self._flying[expert] = self._transfers.fetch(expert, self._slots.view(admission.slot), demand=True)
+            self._cache.lock((expert,))
+            self._locked.add(expert)
+
+    def next(self) -> list[ExpertId]:
+        """The experts that have arrived since, at least one; empty when all are through."""
+        self.start()
+        while self._waiting and not self._flying:  # every slot is taken by a guess for another layer
+            assert self._prefetch.make_room(), (self._waiting[0], self._cache.capacity)
+            self.start()
+        if not self._flying:
+            return []
+        begin = time.perf_counter()
+        done = self._transfers.wait_any(self._flying.values())
+        self._stats.record_stall(self._layer, time.perf_counter() - begin)
+        for ticket in done:
+            del self._flying[ticket.expert]
+            self._cache.arrived(ticket.expert)
+        return [ticket.expert for ticket in done]
+
+    def release(self, experts: Sequence[ExpertId]) -> None:
+        self._cache.unlock(experts)
+        self._locked.difference_update(experts)
+
+    def close(self) -> None:
+        """After an error: wait for reads under way, since they write into slots, and forget them."""
+        for expert, ticket in self._flying.items():
+            if not self._transfers.cancel(ticket):
+                try:
+                    while not ticket.done:
+                        self._transfers.wait_any((ticket,))
+                except Exception:
+                    pass  # the first error is already on its way to the user
+            self._cache.abandon(expert)
+        self._cache.unlock(tuple(self._locked))
+        self._locked.clear()

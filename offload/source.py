@@ -1,0 +1,64 @@
+"""What conversion reads from: a checkpoint, piece by piece, whatever its files look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ..quant.codecs import ExpertShape
+
+
+class Progress(NamedTuple):
+    """One step of something long. `unit` is "bytes", "experts", "tokens" or "files"."""
+
+    stage: str
+    done: int
+    total: int
+    unit: str
+
+
+OnProgress = Callable[[Progress], None]
+OnNotice = Callable[[str], None]
+
+
+class MoeLayer(NamedTuple):
+    """One MoE layer of a model: the name of its experts module and the sizes of its experts."""
+
+    name: str
+    num_experts: int
+    top_k: int
+    shape: ExpertShape
+
+
+class Source(Protocol):
+    """A checkpoint that can be read one expert and one trunk tensor at a time."""
+
+    name: str
+    """Shown to the user and stored in the manifest."""
+    config: dict[str, Any]
+    """The content of transformers' config.json."""
+    dtype: torch.dtype
+    """Of the trunk, as it ships."""
+
+    def layers(self) -> list[MoeLayer]:
+        """The MoE layers in order; `ExpertId.layer` is an index into this list."""
+        ...
+
+    def expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of one expert under the names and in the shapes of `ExpertShape.parts()`."""
+        ...
+
+    def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Everything that is not a routed expert, under transformers' parameter names, one tensor at a time."""
+        ...
+
+    def packable(self) -> set[str]:
+        """The trunk parameters that may be packed: weights of plain Linears and Embeddings."""
+        ...
+
+    def copy_files(self, dest: Path) -> None:
+        """Write what a tokenizer and generation need (tokenizer files, chat template, generation_config.json)."""
+        ...

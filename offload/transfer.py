@@ -1,0 +1,179 @@
+"""Reads in flight: tickets, two priorities, cancel. Threads fill slots from the store while the caller computes."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol
+
+from ..cache.expert import ExpertId
+
+
+class Reader(Protocol):
+    """What brings a record into memory; an `ExpertStore`, or a fake in tests."""
+
+    record_bytes: int
+
+    def read_into(self, expert: ExpertId, view: memoryview) -> None: ...
+
+
+class ReadObserver(Protocol):
+    """Who counts reads; called from the reading threads. `RunStats` is one."""
+
+    def read_started(self) -> None: ...
+
+    def read_finished(self, layer: int, nbytes: int, prefetch: bool = False) -> None: ...
+
+    def read_failed(self) -> None: ...
+
+
+class Ticket:
+    """One read. `done` becomes true when the bytes are there or `error` says why not."""
+
+    __slots__ = ("ahead", "cancelled", "demand", "done", "error", "expert", "started", "view")
+
+    def __init__(self, expert: ExpertId, view: memoryview, demand: bool) -> None:
+        self.expert, self.view, self.demand = expert, view, demand
+        self.ahead = not demand  # began as a guess, even if it is waited for by now
+        self.started = self.done = self.cancelled = False
+        self.error: BaseException | None = None
+
+
+class Transfers(Protocol):
+    """The contract that `ThreadedTransfers` and its synchronous twin share."""
+
+    def fetch(self, expert: ExpertId, view: memoryview, demand: bool) -> Ticket:
+        """Start to read a record into `view`. Demand reads go before prefetches."""
+        ...
+
+    def promote(self, ticket: Ticket) -> None:
+        """A prefetch is now waited for."""
+        ...
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Drop a read that has not begun; returns whether it was dropped."""
+        ...
+
+    def wait_any(self, tickets: Iterable[Ticket]) -> list[Ticket]:
+        """Wait until at least one of these reads is done; returns all that are. Raises what a read raised."""
+        ...
+
+    def close(self) -> None:
+        """Drop what has not begun and wait for the rest."""
+        ...
+
+
+class ThreadedTransfers:
+    """`readers` threads, each with one blocking read at a time: the queue depth that the disk sees."""
+
+    def __init__(self, reader: Reader, observer: ReadObserver, readers: int = 4) -> None:
+        self._reader, self._observer = reader, observer
+        self._demand: deque[Ticket] = deque()
+        self._ahead: deque[Ticket] = deque()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._finished = threading.Condition(self._lock)
+        self._closed = False
+        self._threads = [threading.Thread(target=self._run, name=f"reader-{i}", daemon=True) for i in range(readers)]
+        for thread in self._threads:
+            thread.start()
+
+    def fetch(self, expert: ExpertId, view: memoryview, demand: bool) -> Ticket:
+        ticket = Ticket(expert, view, demand)
+        with self._lock:
+            assert not self._closed, f"{expert} is asked for after close"
+            (self._demand if demand else self._ahead).append(ticket)
+            self._work.notify()
+        return ticket
+
+    def promote(self, ticket: Ticket) -> None:
+        with self._lock:
+            if not ticket.demand and not ticket.started and not ticket.cancelled:
+                self._ahead.remove(ticket)
+                ticket.demand = True
+                self._demand.append(ticket)
+
+    def cancel(self, ticket: Ticket) -> bool:
+        with self._lock:
+            if ticket.started or ticket.cancelled:
+                return False
+            (self._demand if ticket.demand else self._ahead).remove(ticket)
+            ticket.cancelled = True
+            return True
+
+    def wait_any(self, tickets: Iterable[Ticket]) -> list[Ticket]:
+        tickets = list(tickets)
+        with self._lock:
+            while not (ready := [ticket for ticket in tickets if ticket.done]):
+                self._finished.wait()
+        for ticket in ready:
+            if ticket.error is not None:
+                raise ticket.error
+        return ready
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for ticket in (*self._demand, *self._ahead):
+                ticket.cancelled = True
+            self._ahead.clear()
+            self._demand.clear()
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not (self._demand or self._ahead):
+                    if self._closed:
+                        return
+                    self._work.wait()
+                ticket = (self._demand or self._ahead).popleft()
+                ticket.started = True
+            _read(self._reader, self._observer, ticket)
+            with self._lock:
+                ticket.done = True
+                self._finished.notify_all()
+
+
+def _read(reader: Reader, observer: ReadObserver, ticket: Ticket) -> None:
+    observer.read_started()
+    try:
+        reader.read_into(ticket.expert, ticket.view)
+    except BaseException as error:  # handed to whoever waits
+        observer.read_failed()
+        ticket.error = error
+    else:
+        observer.read_finished(ticket.expert.layer, reader.record_bytes, prefetch=ticket.ahead)
+
+
+class SyncTransfers:
+    """The plain twin: every read is over when `fetch` returns. For tests and for comparing."""
+
+    def __init__(self, reader: Reader, observer: ReadObserver) -> None:
+        self._reader, self._observer = reader, observer
+
+    def fetch(self, expert: ExpertId, view: memoryview, demand: bool) -> Ticket:
+        ticket = Ticket(expert, view, demand)
+        ticket.started = True
+        _read(self._reader, self._observer, ticket)
+        ticket.done = True
+        return ticket
+
+    def promote(self, ticket: Ticket) -> None:
+        ticket.demand = True
+
+    def cancel(self, ticket: Ticket) -> bool:
+        return False
+
+    def wait_any(self, tickets: Iterable[Ticket]) -> list[Ticket]:
+        ready = [ticket for ticket in tickets if ticket.done]
+        for ticket in ready:
+            if ticket.error is not None:
+                raise ticket.error
+        return ready
+
+    def close(self) -> None:
+        pass

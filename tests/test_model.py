@@ -1,0 +1,133 @@
+"""`load`: where stores come from, what is refused, what is said."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import tiny
+import torch
+from pocketmoe.offload.errors import DataError, MemoryBudgetError, UsageError
+from pocketmoe.offload.manifest import MANIFEST
+from pocketmoe.offload.model import find_store, load
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tiny.make_checkpoint(tmp_path / "tiny", "qwen3_moe", vocab_size=tiny.CHAT_VOCABULARY)
+    tiny.add_tokenizer(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_a_checkpoint_is_converted_into_the_users_cache_once(checkpoint):
+    notices: list[str] = []
+    first = find_store(checkpoint, on_notice=notices.append)
+    assert first.is_relative_to(os.environ["XDG_CACHE_HOME"])
+    assert str(first) in notices[-1]
+    before = (first / MANIFEST).stat().st_mtime_ns
+    assert find_store(checkpoint, on_notice=notices.append) == first
+    assert (first / MANIFEST).stat().st_mtime_ns == before
+    assert len(notices) == 1
+
+
+def test_a_changed_checkpoint_is_converted_again(checkpoint):
+    store = find_store(checkpoint)
+    file = next(checkpoint.glob("*.safetensors"))
+    os.utime(file, ns=(1, 1))
+    notices: list[str] = []
+    assert find_store(checkpoint, on_notice=notices.append) == store
+    assert "has changed" in notices[0]
+
+
+def test_a_damaged_store_in_the_cache_is_replaced(checkpoint):
+    store = find_store(checkpoint)
+    (store / MANIFEST).write_text((store / MANIFEST).read_text()[:-9])
+    notices: list[str] = []
+    assert find_store(checkpoint, on_notice=notices.append) == store
+    assert "damaged" in notices[0]
+    with load(checkpoint, ram="4GB") as model:
+        assert model.generate("hi", max_tokens=2).generated_tokens == 2
+
+
+def test_a_store_outlives_its_checkpoint(checkpoint):
+    store = find_store(checkpoint)
+    next(checkpoint.glob("*.safetensors")).unlink()
+    assert find_store(checkpoint) == store
+
+
+def test_what_is_neither_a_directory_nor_in_the_hub_cache_is_one_sentence():
+    for name in ("no/such-model", "/no/such/directory", "a b c"):
+        with pytest.raises(DataError, match="neither"):
+            load(name)
+
+
+def test_a_misspelt_option_names_the_right_one(checkpoint):
+    with pytest.raises(UsageError, match="'prefetch'"):
+        load(checkpoint, prefech=False)
+
+
+@pytest.mark.parametrize(
+    "options", [{"ram": "lots"}, {"ram": "-1GB"}, {"context": 0}, {"io": "psychic"}, {"policy": "luck"}]
+)
+def test_option_values_that_make_no_sense_are_refused_by_name(checkpoint, options):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        load(checkpoint, **({"ram": "4GB"} | options))
+
+
+def test_a_context_beyond_the_models_own_is_refused(checkpoint):
+    with pytest.raises(UsageError, match="256"):
+        load(checkpoint, ram="4GB", context=100_000)
+
+
+def test_a_budget_below_the_floor_is_refused_before_the_trunk_is_read(checkpoint):
+    store, stages = find_store(checkpoint), []
+    with pytest.raises(MemoryBudgetError, match="at least"):
+        load(store, ram="50MB", on_progress=lambda progress: stages.append(progress.stage))
+    assert stages == []
+
+
+def test_the_transformers_model_is_reachable_and_generates(checkpoint):
+    with load(checkpoint, ram="4GB") as model:
+        ids = torch.tensor([model.encode("hello")])
+        out = model.transformers_model.generate(ids, max_new_tokens=3, do_sample=False)
+        assert out.shape[1] > ids.shape[1]
+        assert model.stats().to_dict()["requests"] > 0
+
+
+def test_a_closed_model_says_so(checkpoint):
+    with load(checkpoint, ram="4GB") as model:
+        pass
+    with pytest.raises(UsageError, match="closed"):
+        model.generate("hi")
+    model.close()
+
+
+def test_statistics_add_up_after_answers(checkpoint):
+    with load(checkpoint, ram="4GB", slots=6) as model:
+        completion = model.generate("hello there", max_tokens=9, temperature=0.0)
+        stats = model.stats()
+        data = stats.to_dict()
+        stats.check()
+        assert data["generated_tokens"] == completion.generated_tokens
+        assert data["prompt_tokens"] == completion.prompt_tokens
+        assert data["hits"] + data["misses"] == data["requests"] > 0
+        assert data["bytes_read"] == (data["demand_reads"] + data["prefetch_reads"]) * data["record_bytes"]
+        assert data["slots"] == 6
+        assert data["peak_rss_bytes"] > 0
+        assert "hit" in stats.report()
+        model.reset_stats()
+        assert model.stats().to_dict()["requests"] == 0
+
+
+def test_when_the_process_grows_over_its_budget_slots_give_way(checkpoint, monkeypatch):
+    from pocketmoe.offload import memory
+
+    with load(checkpoint, ram="4GB") as model:
+        before = model._runtime.cache.capacity
+        over = model.plan.budget + 3 * model._store.record_bytes
+        monkeypatch.setattr(memory, "resident_bytes", lambda: over)
+        model._after_step()
+        assert model._runtime.cache.capacity == before - 3
+        monkeypatch.undo()
+        assert model.generate("hi", max_tokens=2).generated_tokens == 2
+        model.check_integrity()
