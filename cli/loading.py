@@ -1,0 +1,56 @@
+"""Opening a model for a command: progress while it loads, its plan, and its statistics kept at the end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import say
+from .options import LoadOptions
+from .progress import StageProgress
+
+if TYPE_CHECKING:
+    from ..offload.model import Model
+
+
+def load_model(path: str, **options: Any) -> Model:
+    """`pocketmoe.offload.load`, imported late because it brings torch."""
+    from ..offload.model import load
+
+    return load(path, **options)
+
+
+def last_run_path() -> Path:
+    """Where the statistics of the last run lie, for `pocketmoe stats`."""
+    from platformdirs import user_state_path
+
+    return user_state_path("pocketmoe") / "last-run.json"
+
+
+@contextlib.contextmanager
+def opened(path: str, options: LoadOptions) -> Iterator[Model]:
+    """The loaded model; says where it sits, and at the end keeps its statistics and closes it."""
+    with StageProgress() as progress:
+        model = load_model(path, **options.as_keywords(), on_progress=progress.update, on_notice=progress.notice)
+    try:
+        say(str(model.plan))
+        yield model
+    finally:
+        try:
+            _keep_statistics(model)
+        finally:
+            model.close()
+
+
+def _keep_statistics(model: Model) -> None:
+    stats = model.stats()
+    if not stats.to_dict()["prompt_tokens"]:
+        return  # nothing was asked: what the run before has left is worth more
+    path = last_run_path()
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        stats.save(path)
+    except OSError as error:
+        say(f"The statistics of this run were not kept in {path}: {error.strerror}.")

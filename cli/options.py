@@ -1,0 +1,128 @@
+"""The options that several commands share, as groups; `None` means that the library or the model decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import inf
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from ..cache.policy import policy_names
+from ..offload.config import IO_MODES, KERNELS, OffloadConfig
+from ..offload.errors import UsageError
+
+Codec = Annotated[str, typer.Option(help="Record format: int4-g32, -g64 or -g128 (each also -asym), bf16, f16, f32.")]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Fields are the keyword arguments of `pocketmoe.offload.load`.
+
+    Raises:
+        UsageError: a value that `OffloadConfig` refuses; said here, before torch is imported.
+    """
+
+    ram: Annotated[
+        str | None,
+        typer.Option(help="Hard limit for the whole process, as 4GB. Default: what the machine has free, less a rest."),
+    ] = None
+    context: Annotated[int | None, typer.Option(help="Tokens that prompt and answers may take together.")] = None
+    policy: Annotated[
+        str, typer.Option(metavar="|".join(policy_names()), help="Which expert leaves the cache when it is full.")
+    ] = OffloadConfig.policy
+    prefetch: Annotated[bool, typer.Option(help="Read ahead what the next layer will probably need.")] = True
+    io: Annotated[str, typer.Option(metavar="|".join(IO_MODES), help="How experts are read from disk.")] = (
+        OffloadConfig.io
+    )
+    kernels: Annotated[str, typer.Option(metavar="|".join(KERNELS), help="What computes the experts.")] = (
+        OffloadConfig.kernels
+    )
+    threads: Annotated[int | None, typer.Option(help="Threads that compute. Default: one per core.")] = None
+    codec: Annotated[
+        str | None,
+        typer.Option(help="Record format when a checkpoint is converted on first use. Default: int4-g32."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in policy_names():
+            raise UsageError(f"policy must be one of {', '.join(policy_names())}, not {self.policy!r}")
+        OffloadConfig.of(**{name: value for name, value in self.as_keywords().items() if name != "codec"})
+
+    def as_keywords(self) -> dict[str, Any]:
+        values = asdict(self)
+        if self.codec is None:  # only conversion knows the word
+            del values["codec"]
+        return values
+
+
+class Rule(NamedTuple):
+    """What a sampling parameter may be; `words` completes the sentence "NAME must be ..."."""
+
+    kind: type[int] | type[float]
+    words: str
+    holds: Callable[[float], bool]
+
+
+RULES = {
+    "temperature": Rule(float, "a number from 0 (always the likeliest token)", lambda value: 0 <= value < inf),
+    "top_p": Rule(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1),
+    "top_k": Rule(int, "0 (off) or a whole number above it", lambda value: value >= 0),
+    "min_p": Rule(float, "a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "repetition_penalty": Rule(float, "a number above 0", lambda value: 0 < value < inf),
+    "seed": Rule(int, "a whole number from 0 to 2^63 - 1", lambda value: 0 <= value < 2**63),
+    "max_tokens": Rule(int, "a whole number from 1", lambda value: value >= 1),
+}
+
+
+def check_sampling(name: str, value: float, label: str) -> None:
+    """Raises UsageError when `value` is none that the sampling parameter `name` can have; NaN never is."""
+    rule = RULES[name]
+    if not rule.holds(value):
+        raise UsageError(f"{label} must be {rule.words}, not {value}.")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Fields are those of the library's `Sampling`; None leaves the model's own value.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    temperature: Annotated[float | None, typer.Option(help="Above 1 wilder, below 1 tamer, 0 always the same.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Choose among the tokens that hold this probability.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Choose among this many tokens; 0 for all.")] = None
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")] = None
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 makes repetition less likely.")] = None
+    seed: Annotated[int | None, typer.Option(help="The same seed and prompt give the same answer.")] = None
+    max_tokens: Annotated[int | None, typer.Option(help="End the answer after this many tokens.")] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text. May be repeated.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        for name in RULES:
+            if (value := getattr(self, name)) is not None:
+                check_sampling(name, value, "--" + name.replace("_", "-"))
+        if self.stop and "" in self.stop:
+            raise UsageError("--stop must not be empty.")
+
+    def as_keywords(self) -> dict[str, Any]:
+        """Only what was given."""
+        values = {name: value for name in RULES if (value := getattr(self, name)) is not None}
+        return values | ({"stop": tuple(self.stop)} if self.stop else {})
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A store, a Hugging Face checkpoint directory, or the name of a model in the local Hugging Face cache.",
+        show_default=False,
+    ),
+]
+SystemOption = Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)]
+StatsOption = Annotated[bool, typer.Option("--stats", help="Print statistics after each answer.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
