@@ -9,7 +9,7 @@ import typer
 
 from ..offload.errors import DataError
 from .console import say, without_controls
-from .options import Codec
+from .options import Codec, Trunk
 from .progress import StageProgress
 
 
@@ -36,13 +36,15 @@ def convert(
         Path, typer.Argument(metavar="DEST", help="The store's directory, which is made.", show_default=False)
     ],
     codec: Codec = "int4-g32",
+    trunk: Trunk = None,
 ) -> None:
     """Convert a checkpoint into an expert store.
 
     Needed once per model; an interrupted conversion goes on where it was.
     """
     with StageProgress() as progress:
-        store = convert_checkpoint(source, dest, codec=codec, on_progress=progress.update, on_notice=progress.notice)
+        watch = {"on_progress": progress.update, "on_notice": progress.notice}
+        store = convert_checkpoint(source, dest, codec=codec, trunk=trunk, **watch)
     say(f"Converted into {store}; try: pocketmoe chat {store}")
 
 

@@ -13,7 +13,16 @@ from ..cache.policy import policy_names
 from ..offload.config import IO_MODES, KERNELS, OffloadConfig
 from ..offload.errors import UsageError
 
+TRUNK_HELP = "Format of attention, embeddings and head: int8-g32, int4-g32 (-g64, -g128 each) or keep, as they ship."
+Trunk = Annotated[
+    str | None,
+    typer.Option(help=f"{TRUNK_HELP} Default: int8-g32; keep with a lossless codec."),
+]
 Codec = Annotated[str, typer.Option(help="Record format: int4-g32, -g64 or -g128 (each also -asym), bf16, f16, f32.")]
+
+
+CONVERSION = ("codec", "trunk")
+"""Options of `load` that only a conversion on first use knows; left out where they are not given."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +53,19 @@ class LoadOptions:
         str | None,
         typer.Option(help="Record format when a checkpoint is converted on first use. Default: int4-g32."),
     ] = None
+    trunk: Annotated[
+        str | None,
+        typer.Option(help="Format of the other large matrices, likewise. Default: int8-g32."),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.policy not in policy_names():
             raise UsageError(f"policy must be one of {', '.join(policy_names())}, not {self.policy!r}")
-        OffloadConfig.of(**{name: value for name, value in self.as_keywords().items() if name != "codec"})
+        OffloadConfig.of(**{name: value for name, value in self.as_keywords().items() if name not in CONVERSION})
 
     def as_keywords(self) -> dict[str, Any]:
         values = asdict(self)
-        if self.codec is None:  # only conversion knows the word
-            del values["codec"]
-        return values
+        return {name: value for name, value in values.items() if name not in CONVERSION or value is not None}
 
 
 class Rule(NamedTuple):

@@ -158,6 +158,7 @@ class Model:
         context = config.context or min(longest, DEFAULT_CONTEXT)
         if context > longest:
             raise UsageError(f"context {context:,} is more than the {longest:,} tokens that this model was made for")
+        memory.return_freed_memory()  # a conversion in this process may have left some
         needs = memory.Needs(
             program=memory.resident_bytes(),
             trunk=trunk_bytes(manifest, skeleton, pool),

@@ -100,8 +100,8 @@ def _load() -> tuple[NativeLibrary | None, str]:
     try:
         native_build.find_compiler()
         remedy = f"run `{command}`"
-    except native_build.BuildError as error:
-        remedy = f"{error}: install one (g++ or clang++), then run `{command}`"
+    except native_build.BuildError:
+        remedy = f"install a C++ compiler (g++ or clang++; none was found), then run `{command}`"
     return None, f"The native CPU kernels are missing: {reason}. To get them, {remedy}."
 
 

@@ -93,7 +93,7 @@ def test_sampling_options_reach_the_model_and_what_is_not_given_is_left_to_it(mo
     assert models[1].asked[0][1] == {"raw": False, "system": "be brief"}
 
 
-def test_loading_options_reach_load_and_codec_only_when_given(models):
+def test_loading_options_reach_load_and_those_of_a_conversion_only_when_given(models):
     options = [
         "--ram",
         "4GB",
@@ -112,8 +112,8 @@ def test_loading_options_reach_load_and_codec_only_when_given(models):
     expected = {"ram": "4GB", "context": 99, "policy": "slru", "prefetch": False, "io": "mmap", "kernels": "torch"}
     assert invoke("run", "fake", "hi", *options).exit_code == 0
     assert models[0].options == expected | {"threads": 2}
-    invoke("run", "fake", "hi", "--codec", "bf16")
-    assert models[1].options["codec"] == "bf16"
+    invoke("run", "fake", "hi", "--codec", "bf16", "--trunk", "keep")
+    assert (models[1].options["codec"], models[1].options["trunk"]) == ("bf16", "keep")
 
 
 @pytest.mark.parametrize(
@@ -222,13 +222,14 @@ def test_convert_passes_the_codec_on_and_reports_on_stderr(monkeypatch):
     calls: list[tuple[Any, ...]] = []
 
     def convert(source: str, dest: Path, **options: Any) -> Path:
-        calls.append((source, dest, options["codec"]))
+        calls.append((source, dest, options["codec"], options["trunk"]))
         options["on_progress"](SimpleNamespace(stage="experts", done=1, total=2, unit="experts"))
         return dest
 
     monkeypatch.setattr(convert_command, "convert_checkpoint", convert)
-    result = invoke("convert", "source", "dest", "--codec", "bf16")
-    assert (result.exit_code, result.stdout, calls) == (0, "", [("source", Path("dest"), "bf16")])
+    result = invoke("convert", "source", "dest", "--codec", "bf16", "--trunk", "int4-g64")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert calls == [("source", Path("dest"), "bf16", "int4-g64")]
     assert "pocketmoe chat dest" in result.stderr
 
 
