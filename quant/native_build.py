@@ -17,19 +17,29 @@ import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 STEM = "_pocketmoe_cpu"
 
+_X86, _ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
+
+
+class _Isa(NamedTuple):
+    machines: tuple[str, ...]
+    unix_flags: str
+    msvc_flags: str = ""
+
+
 # Each instruction set has its own file and flags, so that one library serves every processor; `usable()` in the file's
-# table keeps the code from running where it must not. GCC and Clang flags, then MSVC's.
-_ISA_FLAGS = {
-    "isa_avx512": (
-        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c -mprefer-vector-width=512",
-        "/arch:AVX512",
-    ),
-    "isa_avxvnni": ("-mavxvnni -mavx2 -mfma -mf16c", "/arch:AVX2"),
-    "isa_avx2": ("-mavx2 -mfma -mf16c", "/arch:AVX2"),
+# table keeps the code from running where it must not.
+_AVX2 = "-mavx2 -mfma -mf16c"
+_AVX512 = f"{_AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=512"
+_ISAS = {
+    "isa_avx512": _Isa(_X86, _AVX512, "/arch:AVX512"),
+    "isa_avxvnni": _Isa(_X86, f"{_AVX2} -mavxvnni", "/arch:AVX2"),
+    "isa_avx2": _Isa(_X86, _AVX2, "/arch:AVX2"),
+    "isa_neon": _Isa(_ARM, "-march=armv8.2-a+dotprod"),
 }
 # Contracted multiply-adds would make a result depend on which loop the compiler chose them in.
 _UNIX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wno-psabi -pthread"
@@ -46,7 +56,7 @@ def library_suffix() -> str:
 
 def source_hash() -> str:
     """Twelve hex digits that name the sources and flags a library was compiled from; '' if the sources are absent."""
-    digest = hashlib.sha256(repr((_ISA_FLAGS, _UNIX_FLAGS, _MSVC_FLAGS)).encode())
+    digest = hashlib.sha256(repr((_ISAS, _UNIX_FLAGS, _MSVC_FLAGS)).encode())
     files = sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")])
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes().replace(b"\r\n", b"\n") + b"\0")
@@ -80,50 +90,34 @@ def build_library(dest: Path) -> list[str]:
         raise BuildError(f"the kernels' sources are missing from {SOURCES}")
     compiler = find_compiler()
     msvc = Path(compiler[0]).stem.lower() == "cl"
-    isa_files = [s for s in sources if s.stem in _ISA_FLAGS]
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        sources = [s for s in sources if s not in isa_files]
-        isa_files = []
+    machine = platform.machine().lower()
+    isa_files = [s for s in sources if s.stem in _ISAS and machine in _ISAS[s.stem].machines]
+    common_files = [s for s in sources if s.stem not in _ISAS]
     dest.parent.mkdir(parents=True, exist_ok=True)
+    arch = ["-arch", platform.machine()] if sys.platform == "darwin" else []
+    always = [*compiler, *_MSVC_FLAGS.split()] if msvc else [*compiler, *arch, *_UNIX_FLAGS.split()]
     with tempfile.TemporaryDirectory(prefix="pocketmoe-build-") as scratch:
 
         def compile_one(source: Path, defines: list[str]) -> tuple[Path, str]:
             """The object file and, if it failed, what the compiler said."""
             target = Path(scratch) / f"{source.stem}.{'obj' if msvc else 'o'}"
-            flags = _ISA_FLAGS.get(source.stem, ("", ""))[1 if msvc else 0].split()
-            if msvc:
-                command = [*compiler, *_MSVC_FLAGS.split(), *flags, *defines, "/c", str(source), f"/Fo{target}"]
-            else:
-                arch = ["-arch", platform.machine()] if sys.platform == "darwin" else []
-                command = [
-                    *compiler,
-                    *arch,
-                    *_UNIX_FLAGS.split(),
-                    *flags,
-                    *defines,
-                    "-c",
-                    str(source),
-                    "-o",
-                    str(target),
-                ]
-            return target, _run(command)
+            isa = _ISAS.get(source.stem, _Isa((), ""))
+            flags = (isa.msvc_flags if msvc else isa.unix_flags).split()
+            output = [f"/Fo{target}", "/c"] if msvc else ["-o", str(target), "-c"]
+            return target, _run([*always, *flags, *defines, *output, str(source)])
 
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             isa_results = list(pool.map(lambda s: compile_one(s, []), isa_files))
             too_old = [s.stem for s, (_, error) in zip(isa_files, isa_results, strict=True) if error]
             defines = [f"-DPM_WITHOUT_{stem.upper()}" for stem in too_old]
             defines.append(f'-DPM_SOURCE_HASH="{source_hash()}"')
-            rest = [s for s in sources if s not in isa_files]
-            results = list(pool.map(lambda s: compile_one(s, defines), rest))
+            results = list(pool.map(lambda s: compile_one(s, defines), common_files))
         if errors := [error for _, error in results if error]:
             raise BuildError(f"{shlex.join(compiler)} failed: {_first_error(errors[0])}")
         objects = [str(target) for target, error in isa_results + results if not error]
         built = Path(scratch) / f"{STEM}{library_suffix()}"
-        if msvc:
-            error = _run([*compiler, "/nologo", "/LD", *objects, f"/Fe{built}"])
-        else:
-            arch = ["-arch", platform.machine()] if sys.platform == "darwin" else []
-            error = _run([*compiler, *arch, "-shared", "-pthread", *objects, "-o", str(built)])
+        link = ["/nologo", "/LD", f"/Fe{built}"] if msvc else [*arch, "-shared", "-pthread", "-o", str(built)]
+        error = _run([*compiler, *link, *objects])
         if error:
             raise BuildError(f"{shlex.join(compiler)} failed to link: {_first_error(error)}")
         staged = dest.with_name(f"{dest.name}.{os.getpid()}.tmp")

@@ -8,6 +8,9 @@
 #define PM_SOURCE_HASH ""
 #endif
 
+#if defined(PM_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #ifdef PM_X86
 #if defined(_MSC_VER)
 #include <intrin.h>
@@ -81,6 +84,18 @@ bool cpu_has_avxvnni() { return features().avxvnni; }
 bool cpu_has_avx512vnni() { return features().avx512vnni; }
 #endif
 
+#ifdef PM_ARM64
+bool cpu_has_dot_product() {
+#if defined(__APPLE__)
+    return true;  // all of Apple's ARM Macs
+#elif defined(__linux__)
+    return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#else
+    return false;
+#endif
+}
+#endif
+
 namespace {
 
 const Isa* const ISAS[] = {
@@ -94,6 +109,9 @@ const Isa* const ISAS[] = {
 #ifndef PM_WITHOUT_ISA_AVX2
     &isa_avx2,
 #endif
+#endif
+#if defined(PM_ARM64) && !defined(PM_WITHOUT_ISA_NEON)
+    &isa_neon,
 #endif
     &isa_portable,
 };

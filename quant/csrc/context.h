@@ -44,9 +44,6 @@ private:
     size_t size_ = 0;
 };
 
-// Regions of less work than this (in bytes of weights times rows) are done by the caller alone: waking a worker costs more.
-constexpr int64_t PARALLEL_BYTES = 96 * 1024;
-
 }  // namespace pm
 
 struct pm_context {

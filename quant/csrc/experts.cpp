@@ -189,7 +189,7 @@ extern "C" int32_t pm_experts(pm_context* context, const pm_expert_spec* spec, c
     r.h = context->hidden.get<Group>(n_rows * units);
     if (tokens > SERIAL_TOKENS) r.token_items = items[0] = ceil_div(tokens, TOKENS_PER_ITEM);
     else quantize_tokens(r, 0, tokens);
-    context->pool->run(body, &r, items, work > PARALLEL_BYTES);
+    context->pool->run(body, &r, items, work);
     return PM_OK;
 } catch (const std::bad_alloc&) {
     return PM_OUT_OF_MEMORY;

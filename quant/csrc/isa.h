@@ -79,6 +79,10 @@ extern const Isa isa_avx512;
 bool cpu_has_avx2();       // with FMA and F16C
 bool cpu_has_avxvnni();
 bool cpu_has_avx512vnni();
+#elif defined(__aarch64__)
+#define PM_ARM64 1
+extern const Isa isa_neon;
+bool cpu_has_dot_product();
 #endif
 
 }  // namespace pm

@@ -97,7 +97,9 @@ PM_INLINE void keep_order(__m256i& sum) {
 struct Sum {
     __m256i value;
     PM_INLINE_MEMBER void start(const pm::Group& x) { value = _mm256_set1_epi32(x.start); }
-    PM_INLINE_MEMBER void nibbles(__m256i w, const int8_t* q) { value = _mm256_dpbusd_avx_epi32(value, w, four_columns(q)); }
+    PM_INLINE_MEMBER void nibbles(__m256i w, const int8_t* q) {
+        value = _mm256_dpbusd_avx_epi32(value, w, four_columns(q));
+    }
     PM_INLINE_MEMBER void bytes(__m256i w, const int8_t* q) { nibbles(w, q); }
     PM_INLINE_MEMBER __m256i finish_nibbles(const pm::Group&) const { return value; }
     PM_INLINE_MEMBER __m256i finish_bytes() const { return value; }
@@ -141,6 +143,7 @@ PM_INLINE Vec add_group(Vec acc, const Sum& sum, Vec scale, Vec minimum, const p
 template <int FORMAT, int ROWS, bool PREFETCH>
 PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Group* const* rows, float (*out)[16]) {
     constexpr int PASSES = ROWS == 1 ? 1 : 2, HALVES = 2 / PASSES, CODE_BYTES = FORMAT == PM_INT8 ? 512 : 256;
+    constexpr int GROUP_BYTES = CODE_BYTES + (FORMAT == PM_INT4_ASYMMETRIC ? 64 : 32);
     const __m256i low = _mm256_set1_epi8(15);
     for (int pass = 0; pass < PASSES; pass++) {
         const pm::Group* x[ROWS];
@@ -179,7 +182,7 @@ PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Gr
                     }
                 }
                 codes += CODE_BYTES;
-                if (PREFETCH && pass == 0) prefetch_bytes<CODE_BYTES + (FORMAT == PM_INT4_ASYMMETRIC ? 64 : 32)>(position);
+                if (PREFETCH && pass == 0) prefetch_bytes<GROUP_BYTES>(position);
                 PM_UNROLL for (int t = 0; t < ROWS; t++) {
                     PM_UNROLL for (int h = 0; h < HALVES; h++)
                         acc[t][h] = add_group<FORMAT>(acc[t][h], sum[t][h], scale[h], minimum[h], *x[t]);

@@ -74,6 +74,7 @@ PM_INLINE Vec add_group(Vec acc, __m512i sum, Vec scale, Vec minimum, const pm::
 
 template <int FORMAT, int ROWS, bool PREFETCH>
 PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Group* const* rows, float (*out)[16]) {
+    constexpr int GROUP_BYTES = FORMAT == PM_INT8 ? 512 + 32 : FORMAT == PM_INT4 ? 256 + 32 : 256 + 64;
     const __m512i low = _mm512_set1_epi8(15);
     const pm::Group* x[ROWS];
     Vec acc[ROWS];
@@ -108,7 +109,7 @@ PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Gr
                 }
                 codes += 256;
             }
-            if (PREFETCH) prefetch_bytes<FORMAT == PM_INT8 ? 512 + 32 : FORMAT == PM_INT4 ? 256 + 32 : 256 + 64>(position);
+            if (PREFETCH) prefetch_bytes<GROUP_BYTES>(position);
             PM_UNROLL for (int t = 0; t < ROWS; t++) {
                 acc[t] = add_group<FORMAT>(acc[t], sum[t], scale, minimum, *x[t]);
                 x[t]++;

@@ -91,18 +91,28 @@ PM_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* to, int chunks) {
     }
 }
 
+// The four columns of each row.
+template <typename Integer>
+PM_INLINE void add_fours(const Integer* lanes, int32_t* sum) {
+    for (int r = 0; r < pm::ROW_BLOCK; r++)
+        sum[r] = lanes[4 * r] + lanes[4 * r + 1] + lanes[4 * r + 2] + lanes[4 * r + 3];
+}
+
 // acc[16] += weights x activations for one group; `codes` are 8 chunks of 4 columns of 16 rows.
 template <int FORMAT>
-PM_INLINE void add_group(const uint8_t* codes, const float* scale, const float* minimum, const pm::Group& x, float* acc) {
+PM_INLINE void add_group(const uint8_t* codes, const float* scale, const float* minimum, const pm::Group& x,
+                         float* acc) {
     constexpr int ZERO = FORMAT == PM_INT4 ? 8 : FORMAT == PM_INT8 ? 128 : 0, LANES = 4 * pm::ROW_BLOCK;
     int32_t sum[pm::ROW_BLOCK];
     if (FORMAT == PM_INT8) {
         int32_t lanes[LANES] = {};
-        for (int c = 0; c < 8; c++)
+        for (int c = 0; c < 8; c++) {
+            int16_t q[8];
+            for (int j = 0; j < 8; j++) q[j] = x.codes[4 * c + j % 4];
             for (int i = 0; i < LANES; i += 8)
-                for (int j = 0; j < 8; j++)
-                    lanes[i + j] += static_cast<int16_t>(codes[64 * c + i + j] - ZERO) * static_cast<int16_t>(x.codes[4 * c + j % 4]);
-        for (int r = 0; r < pm::ROW_BLOCK; r++) sum[r] = lanes[4 * r] + lanes[4 * r + 1] + lanes[4 * r + 2] + lanes[4 * r + 3];
+                for (int j = 0; j < 8; j++) lanes[i + j] += static_cast<int16_t>(codes[64 * c + i + j] - ZERO) * q[j];
+        }
+        add_fours(lanes, sum);
     } else {
         // 16 bits hold eight products of at most 15 * 127.
         int16_t lanes[LANES] = {};
@@ -113,7 +123,7 @@ PM_INLINE void add_group(const uint8_t* codes, const float* scale, const float* 
                 for (int j = 0; j < 8; j++)
                     lanes[i + j] = static_cast<int16_t>(lanes[i + j] + (codes[64 * c + i + j] - ZERO) * q[j]);
         }
-        for (int r = 0; r < pm::ROW_BLOCK; r++) sum[r] = lanes[4 * r] + lanes[4 * r + 1] + lanes[4 * r + 2] + lanes[4 * r + 3];
+        add_fours(lanes, sum);
     }
     for (int r = 0; r < pm::ROW_BLOCK; r++) {
         acc[r] = vfma(scale[r], x.scale * static_cast<float>(sum[r]), acc[r]);

@@ -115,8 +115,7 @@ int32_t pm_linear(pm_context* context, const pm_matrix_spec* spec, const uint8_t
     int64_t items[MAX_PHASES] = {0, ceil_div(r.matrix.blocks(), r.blocks) * r.row_chunks, 0};
     if (tokens > SERIAL_TOKENS) r.token_items = items[0] = ceil_div(tokens, TOKENS_PER_ITEM);
     else quantize_tokens(r, 0, tokens);
-    const bool parallel = tokens * r.matrix.blocks() * r.matrix.block_bytes() > PARALLEL_BYTES;
-    context->pool->run(linear_body, &r, items, parallel);
+    context->pool->run(linear_body, &r, items, tokens * r.matrix.blocks() * r.matrix.block_bytes());
     return PM_OK;
 } catch (const std::bad_alloc&) {
     return PM_OUT_OF_MEMORY;
@@ -127,7 +126,7 @@ int32_t pm_combine(pm_context* context, const float* parts, const int32_t* index
     const std::lock_guard<std::mutex> lock(context->mutex);
     pm::CombineRegion r = {context->isa, parts, index, weights, k, hidden, out};
     const int64_t items[pm::MAX_PHASES] = {tokens, 0, 0};
-    context->pool->run(pm::combine_body, &r, items, tokens * k * hidden * 4 > 4 * pm::PARALLEL_BYTES);
+    context->pool->run(pm::combine_body, &r, items, tokens * k * hidden * 4);
     return PM_OK;
 }
 
@@ -135,8 +134,12 @@ uint64_t pm_stream(pm_context* context, const uint8_t* const* buffers, const int
     const std::lock_guard<std::mutex> lock(context->mutex);
     pm::StreamRegion r = {context->isa, buffers, nbytes, n};
     int64_t items[pm::MAX_PHASES] = {};
-    for (int64_t b = 0; b < n; b++) items[0] += pm::ceil_div(nbytes[b], pm::STREAM_BYTES);
-    context->pool->run(pm::stream_body, &r, items, true);
+    int64_t total = 0;
+    for (int64_t b = 0; b < n; b++) {
+        items[0] += pm::ceil_div(nbytes[b], pm::STREAM_BYTES);
+        total += nbytes[b];
+    }
+    context->pool->run(pm::stream_body, &r, items, total);
     return r.total.load();
 }
 

@@ -32,10 +32,19 @@
 namespace pm {
 namespace {
 
-// Longest spin for a region that is expected soon, and the spin when none is. Sleeping and waking costs some 5 to 50
-// microseconds; spinning longer takes the core from whoever computes between our calls.
-constexpr int64_t LONG_SPIN_NS = 60000;
+// How long a worker spins when most regions follow one another within that time, and when not. Waking it from sleep
+// costs the caller some 10 microseconds, and the worker some 50 before it helps.
+constexpr int64_t LONG_SPIN_NS = 200000;
 constexpr int64_t SHORT_SPIN_NS = 5000;
+// From here on a spinning worker offers its core to others each time that it looks. Without that, spinning slows
+// torch's own threads between our calls by a third; with it, not at all.
+constexpr int64_t POLITE_NS = 20000;
+// A worker that comes back from that later than this has taken the core from someone who needs it, and goes to sleep.
+constexpr int64_t PREEMPTED_NS = 50000;
+
+// Less work than this the caller does alone; with less than this, sleeping workers are left asleep. In bytes.
+constexpr int64_t SERIAL_WORK = 64 * 1024;
+constexpr int64_t WAKE_WORK = 1024 * 1024;
 
 int64_t now_ns() {
     using namespace std::chrono;
@@ -59,6 +68,7 @@ void Pool::sleep_while(uint32_t seen) {
 void Pool::wake_all() {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&region_), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
 }
+
 void Pool::leave_callers_cpu() {
     const int cpu = caller_cpu_.load(std::memory_order_relaxed);
     if (cpu < 0 || cpu >= CPU_SETSIZE || sched_getcpu() != cpu) return;
@@ -104,25 +114,21 @@ Pool::~Pool() {
     region_.fetch_add(1);
     if (owner_ != PM_PROCESS_ID()) {
         for (std::thread& thread : workers_) thread.detach();
+        (void)sleep_.release();  // its condition variable may wait forever for waiters that exist no more
         return;
     }
     wake_all();
     for (std::thread& thread : workers_) thread.join();
 }
 
-void Pool::run(Body body, void* region, const int64_t* items, bool parallel) {
-    if (!parallel || threads_ == 1) {
+void Pool::run(Body body, void* region, const int64_t* items, int64_t work) {
+    if (work < SERIAL_WORK || threads_ == 1) {
         for (int phase = 0; phase < MAX_PHASES; phase++)
             for (int64_t item = 0; item < items[phase]; item++) body(region, phase, item, 0);
         return;
     }
-    const int64_t begin_ns = now_ns();
-    // Spin as long as twice the usual pause between regions, if that is short; else hardly at all.
-    const int64_t gap = begin_ns - last_end_ns_;
-    usual_gap_ns_ += ((gap < 10 * LONG_SPIN_NS ? gap : 10 * LONG_SPIN_NS) - usual_gap_ns_) / 8;
-    spin_ns_.store(2 * usual_gap_ns_ <= LONG_SPIN_NS ? 2 * usual_gap_ns_ + SHORT_SPIN_NS : SHORT_SPIN_NS,
-                   std::memory_order_relaxed);
-
+    short_gaps_ += ((now_ns() - last_end_ns_ < LONG_SPIN_NS ? 256 : 0) - short_gaps_) / 8;
+    spin_ns_.store(short_gaps_ > 128 ? LONG_SPIN_NS : SHORT_SPIN_NS, std::memory_order_relaxed);
 #if defined(__linux__)
     caller_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
     thread_local const int32_t thread_id = static_cast<int32_t>(syscall(SYS_gettid));
@@ -134,20 +140,22 @@ void Pool::run(Body body, void* region, const int64_t* items, bool parallel) {
     argument_.store(region, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     for (int phase = 0; phase < MAX_PHASES; phase++) {
-        for (int t = 0; t < threads_; t++)
-            shares_[phase * threads_ + t].next.store(tagged(number, share_begin(items[phase], t)));
-        // After the shares: a late worker that sees these counts also sees that the shares are not its region's.
+        for (int t = 0; t < threads_; t++) {
+            const uint64_t first = tagged(number, share_begin(items[phase], t));
+            shares_[phase * threads_ + t].next.store(first, std::memory_order_release);
+        }
+        // After the shares: a late worker that sees this count also sees that the shares are not its region's.
         items_[phase].store(items[phase], std::memory_order_release);
         total += items[phase];
     }
     region_.store(number);  // sequentially consistent, as is the workers' count of sleepers: one sees the other
-    if (sleepers_.load() > 0) wake_all();
-    work(0, number);
+    if (work >= WAKE_WORK && sleepers_.load() > 0) wake_all();
+    help(0, number);
     wait_for(done_, total);
     last_end_ns_ = now_ns();
 }
 
-void Pool::work(int thread, uint32_t region) {
+void Pool::help(int thread, uint32_t region) {
     const Body body = body_.load(std::memory_order_relaxed);
     void* const argument = argument_.load(std::memory_order_relaxed);
     for (int phase = 0; phase < MAX_PHASES; phase++) {
@@ -175,9 +183,9 @@ void Pool::worker(int thread) {
         int64_t last_ns = begin_ns;
         while (region_.load(std::memory_order_acquire) == seen) {
             for (int i = 0; i < 16; i++) PM_PAUSE();
+            if (last_ns - begin_ns > POLITE_NS) std::this_thread::yield();
             const int64_t time_ns = now_ns();
-            // A long step means that the system took the core away: someone else needs it more.
-            if (time_ns - begin_ns < spin_ns && time_ns - last_ns < LONG_SPIN_NS) {
+            if (time_ns - begin_ns < spin_ns && time_ns - last_ns < PREEMPTED_NS) {
                 last_ns = time_ns;
                 continue;
             }
@@ -188,7 +196,7 @@ void Pool::worker(int thread) {
         if (stop_.load()) return;
         seen = region_.load(std::memory_order_acquire);
         leave_callers_cpu();
-        work(thread, seen);
+        help(thread, seen);
     }
 }
 

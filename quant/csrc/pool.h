@@ -4,10 +4,10 @@
 // share, so that it reads memory in order, then helps with the others' shares, then goes on to the next phase. The
 // caller takes part, and returns when every item is done: it waits only for items that some thread has begun, so a
 // worker that the system has put aside costs nothing but its help. There is no barrier between phases: a body whose
-// item needs results of an earlier phase counts them and calls `wait_for`, which cannot deadlock, because whoever begins
-// an item of a phase has seen all items of the earlier phases begun.
+// item needs results of an earlier phase counts them and calls `wait_for`, which cannot deadlock, because a thread that
+// begins an item of a phase has seen all items of the earlier phases begun.
 //
-// Between regions workers spin while the next region is expected within microseconds, and sleep otherwise. When all
+// Between regions workers spin if lately most regions came soon after one another, and sleep otherwise. When all
 // processors are busy, Linux likes to wake a worker on its waker's processor, where it would take turns with the caller
 // instead of helping; such a worker moves away.
 #ifndef POCKETMOE_POOL_H
@@ -34,9 +34,9 @@ public:
 
     int threads() const { return threads_; }
 
-    // Runs body(region, phase, item, thread) for all items of all phases. `items` has MAX_PHASES counts. With
-    // `parallel` false the caller does it alone. One call at a time.
-    void run(Body body, void* region, const int64_t* items, bool parallel);
+    // Runs body(region, phase, item, thread) for all items of all phases. `items` has MAX_PHASES counts. `work` is an
+    // estimate in bytes of memory read or the like, which decides whether the workers take part. One call at a time.
+    void run(Body body, void* region, const int64_t* items, int64_t work);
 
     // The first item of a thread's own share; `thread` may be threads() for the end of the last share.
     int64_t share_begin(int64_t items, int thread) const { return items * thread / threads_; }
@@ -51,7 +51,7 @@ private:
         std::atomic<uint64_t> next{0};
     };
 
-    void work(int thread, uint32_t region);
+    void help(int thread, uint32_t region);
     void worker(int thread);
     void sleep_while(uint32_t seen);  // region_ == seen
     void wake_all();
@@ -70,7 +70,7 @@ private:
     std::atomic<int32_t> caller_thread_{0};
     alignas(64) std::atomic<int64_t> done_{0};
     int64_t last_end_ns_ = 0;
-    int64_t usual_gap_ns_ = 0;
+    int32_t short_gaps_ = 0;  // which part of the latest gaps between regions spinning would have bridged, 0..256
     int64_t owner_;  // process id: a forked child has no workers to join
     struct Sleep;
     std::unique_ptr<Sleep> sleep_;
