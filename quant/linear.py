@@ -12,6 +12,7 @@ from .int4 import ROW_BLOCK, Int4Format, round_up
 from .int8 import Int8Format
 from .native import NativeMatrix, NativePool
 
+_PACK_ROWS = 128 * ROW_BLOCK
 MatrixFormat = Int4Format | Int8Format
 _FORMATS: dict[str, MatrixFormat] = {
     **{f"int8-g{group}": Int8Format(group) for group in int4.GROUPS},
@@ -43,9 +44,16 @@ class PackedMatrix(NamedTuple):
     def pack(cls, weight: torch.Tensor, fmt: MatrixFormat) -> PackedMatrix:
         """Quantise a matrix. Raises ValueError when it is not finite."""
         rows, cols = weight.shape
-        if isinstance(fmt, Int8Format):
-            return cls(int8.pack(*int8.quantize(weight, fmt), fmt), rows, cols, fmt)
-        return cls(int4.pack(*int4.quantize(weight, fmt), fmt), rows, cols, fmt)
+        data, done = torch.empty(fmt.nbytes(rows, cols), dtype=torch.uint8), 0
+        for part in weight.split(_PACK_ROWS):  # by rows, because quantising takes several times the matrix's memory
+            if isinstance(fmt, Int8Format):
+                packed = int8.pack(*int8.quantize(part, fmt), fmt)
+            else:
+                packed = int4.pack(*int4.quantize(part, fmt), fmt)
+            data[done : done + len(packed)] = packed
+            done += len(packed)
+        assert done == len(data), (done, len(data))
+        return cls(data, rows, cols, fmt)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The matrix that the bytes stand for."""

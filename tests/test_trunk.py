@@ -31,7 +31,7 @@ def _pack_small_matrices(monkeypatch):
 @pytest.mark.parametrize("name", matrix_format_names())
 def test_rows_taken_from_a_packed_matrix_are_those_of_the_dequantised_one(name):
     generator = torch.Generator().manual_seed(1)
-    for rows, cols in ((40, 72), (97, 64), (16, 256)):
+    for rows, cols in ((40, 72), (97, 64), (16, 256), (2 * 128 * 16 + 5, 64)):
         packed = PackedMatrix.pack(torch.randn(rows, cols, generator=generator), matrix_format(name))
         ids = torch.randint(0, rows, (3, 5), generator=generator)
         assert torch.equal(QuantEmbedding(packed, torch.float32)(ids), packed.dequantize()[ids])
