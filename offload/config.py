@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ..cache.units import parse_bytes
-from .errors import UsageError
+from .errors import UsageError, require_known
 
 IO_MODES = ("direct", "mmap", "buffered")
 KERNELS = ("auto", "native", "torch")
@@ -46,12 +45,7 @@ class OffloadConfig:
     @classmethod
     def of(cls, **options: Any) -> OffloadConfig:
         """A checked config. Raises UsageError for unknown options and values out of range."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known options: {', '.join(known)}"
-                raise UsageError(f"unknown option {name!r}{hint}")
+        require_known(options, [field.name for field in fields(cls)], "option")
         if options.get("ram") is not None:
             try:
                 options["ram"] = parse_bytes(options["ram"])

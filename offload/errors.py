@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 
 class PocketMoEError(Exception):
     """Base of all errors whose message is meant for the user: what, where, what to do."""
@@ -31,3 +34,12 @@ class DeviceError(PocketMoEError):
     """A device or driver that is missing or failed."""
 
     exit_code = 5
+
+
+def require_known(names: Iterable[str], known: Sequence[str], what: str) -> None:
+    """Raises UsageError for a name that is not known; says the nearest one, or all of them."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise UsageError(f"unknown {what} {name!r}; {hint}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from .errors import DataError, UsageError
+from .errors import DataError, UsageError, require_known
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,7 @@ class Sampling:
 
     def with_options(self, **options: Any) -> Sampling:
         """A copy with some fields replaced; None keeps the present value. Raises UsageError for unknown names."""
-        known = [field.name for field in fields(self)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-                raise UsageError(f"unknown sampling option {name!r}{hint}")
+        require_known(options, [field.name for field in fields(self)], "sampling option")
         chosen = {name: value for name, value in options.items() if value is not None}
         if isinstance(stop := chosen.get("stop"), str):
             chosen["stop"] = (stop,)

@@ -58,6 +58,16 @@ class Int4Format:
         return round_up(rows, ROW_BLOCK) // ROW_BLOCK * sum(self.block_bytes(cols))
 
 
+def finite_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` in float32. Raises ValueError when it is not a matrix or not finite."""
+    if weight.dim() != 2:
+        raise ValueError(f"expected a matrix, got shape {tuple(weight.shape)}")
+    w = weight.float()
+    if not torch.isfinite(w).all():
+        raise ValueError(f"matrix of shape {tuple(weight.shape)} holds NaN or infinity")
+    return w
+
+
 def quantize(weight: torch.Tensor, fmt: Int4Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes and scales of a matrix.
 
@@ -74,12 +84,8 @@ def quantize(weight: torch.Tensor, fmt: Int4Format) -> tuple[torch.Tensor, torch
     Raises:
         ValueError: weight is not a finite matrix.
     """
-    if weight.dim() != 2:
-        raise ValueError(f"expected a matrix, got shape {tuple(weight.shape)}")
-    rows, cols = weight.shape
-    w = weight.float()
-    if not torch.isfinite(w).all():
-        raise ValueError(f"matrix of shape {tuple(weight.shape)} holds NaN or infinity")
+    w = finite_matrix(weight)
+    rows, cols = w.shape
     padded = round_up(cols, fmt.group)
     if padded != cols:
         # Repeat the last column while scales are searched, so that padding never widens a group's range.

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .int4 import ALIGNMENT, GROUPS, ROW_BLOCK, round_up
+from .int4 import ALIGNMENT, GROUPS, ROW_BLOCK, finite_matrix, round_up
 
 ZERO = 128
 
@@ -58,12 +58,8 @@ def quantize(weight: torch.Tensor, fmt: Int8Format) -> tuple[torch.Tensor, torch
     Raises:
         ValueError: weight is not a finite matrix, or its values are beyond float16's range.
     """
-    if weight.dim() != 2:
-        raise ValueError(f"expected a matrix, got shape {tuple(weight.shape)}")
-    rows, cols = weight.shape
-    w = weight.float()
-    if not torch.isfinite(w).all():
-        raise ValueError(f"matrix of shape {tuple(weight.shape)} holds NaN or infinity")
+    w = finite_matrix(weight)
+    rows, cols = w.shape
     padded = round_up(cols, fmt.group)
     w = torch.nn.functional.pad(w, (0, padded - cols)).reshape(rows, padded // fmt.group, fmt.group)
     scale = (w.abs().amax(-1, keepdim=True) / 127).half()
