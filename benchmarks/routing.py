@@ -20,13 +20,13 @@ def measure_routing(store: Path, kind: str, tokens: int, seed: int = 1, threads:
     chosen: list[list[list[int]]] = []  # token, layer, k
     with load(store, threads=threads, context=tokens + 8, prefetch=False, verify=False) as model:
         runtime = model._runtime
-        run_layer = runtime.run_layer
+        run_experts = runtime.run_experts
 
-        def watch(layer: int, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
-            chosen[-1].append(top_k_index[0].tolist())
-            return run_layer(layer, hidden_states, top_k_index, top_k_weights)
+        def watch(layer: int, hidden: Any, work: Any, guess: Any) -> Any:
+            chosen[-1].append(list(work.experts))
+            return run_experts(layer, hidden, work, guess)
 
-        runtime.run_layer = watch
+        runtime.run_experts = watch
         sequence = model.new_sequence()
         vocabulary = model.transformers_model.config.vocab_size
         for token in token_stream(kind, tokens, vocabulary, seed):

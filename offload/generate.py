@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..cache.stats import RunStats
-from . import hf
 from .errors import UsageError
+from .kv_cache import can_crop, new_kv_cache
+from .lean import LeanDecoder
 from .sampling import Sampler, Sampling
 from .source import OnProgress, Progress
 
@@ -44,23 +45,31 @@ class Sequence:
         chunk: prompt tokens per forward pass.
         step_threads: torch's threads for a single token; None leaves them alone. Where native kernels do the hard work,
             what remains for torch is too small to share, and its idle threads would spin on the kernels' cores.
+        lean: runs single tokens instead of the model's own modules; None = it cannot for this model.
     """
 
-    def __init__(self, model: Any, context: int, chunk: int, step_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        context: int,
+        chunk: int,
+        step_threads: int | None = None,
+        lean: LeanDecoder | None = None,
+    ) -> None:
         self._model, self.context, self._chunk = model, context, chunk
-        self._step_threads = step_threads
+        self._step_threads, self._lean = step_threads, lean
         self.ids: list[int] = []
         """The tokens whose keys and values are cached."""
-        self._cache = hf.new_kv_cache(model.config, context)
+        self._cache = new_kv_cache(model.config, context, chunk)
 
     def reset(self) -> None:
         self.ids = []
-        self._cache = hf.new_kv_cache(self._model.config, self.context)
+        self._cache = new_kv_cache(self._model.config, self.context, self._chunk)
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens; starts over where the architecture cannot take tokens back."""
         if length < len(self.ids):
-            if length == 0 or not hf.can_crop(self._cache):
+            if length == 0 or not can_crop(self._cache):
                 self.reset()
             else:
                 self._cache.crop(length - len(self.ids))
@@ -77,24 +86,31 @@ class Sequence:
             if len(part) == 1 and self._step_threads:
                 torch.set_num_threads(self._step_threads)
             try:
-                output = self._model(
-                    input_ids=torch.tensor([part]),
-                    position_ids=torch.arange(begin, begin + len(part))[None],
-                    past_key_values=self._cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
+                if len(part) == 1 and begin and self._lean is not None:
+                    logits = self._lean.step(part[0], begin, self._cache)
+                else:
+                    logits = self._forward(part, begin)
             except BaseException:
                 self.reset()  # some layers may have cached this chunk and others not
                 raise
             finally:
                 torch.set_num_threads(threads)
             self.ids += part
-            logits = output.logits[0, -1]
             if on_progress and len(ids) > self._chunk:
                 on_progress(Progress("prompt", start + len(part), len(ids), "tokens"))
         assert logits is not None
         return logits
+
+    def _forward(self, ids: list[int], begin: int) -> torch.Tensor:
+        """The model's own forward pass: logits of the last token, [vocabulary]."""
+        output = self._model(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.arange(begin, begin + len(ids))[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[0, -1]
 
 
 class TextStream:

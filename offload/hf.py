@@ -17,13 +17,13 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..quant.activations import Activation, apply
 from ..quant.codecs import ExpertShape
 from .errors import DataError
+from .kv_cache import allocates_ahead, cache_bytes, new_kv_cache
 from .source import MoeLayer
 
 EXPERTS_IMPLEMENTATION = "pocketmoe"
@@ -338,63 +338,14 @@ def find_router_norms(skeleton: Skeleton) -> None:
             handle.remove()
 
 
-def measure_kv_bytes(skeleton: Skeleton, context: int) -> int:
+def measure_kv_bytes(skeleton: Skeleton, context: int, chunk: int) -> int:
     """Bytes of the KV cache with `context` tokens in it: a forward on the meta device, before any weight is read."""
-    cache = new_kv_cache(skeleton.config, context)
+    cache = new_kv_cache(skeleton.config, context, chunk)
+    tokens = 1
+    if not allocates_ahead(cache):
+        tokens, cache = context, new_kv_cache(skeleton.config, context, context)
     attach(skeleton, _no_experts)
     with torch.inference_mode():
-        ids = torch.zeros(1, context, dtype=torch.long, device="meta")
+        ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         skeleton.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
     return cache_bytes(cache)
-
-
-class _PreallocatedLayer(DynamicLayer):
-    """A cache layer that appends in place: the library's own concatenates, which copies the cache for every token."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity = capacity
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        # Untouched pages of an empty tensor are not resident: memory is used as the context fills.
-        self._buffers = [
-            torch.empty((*states.shape[:2], self.capacity, states.shape[3]), dtype=states.dtype, device=states.device)
-            for states in (key_states, value_states)
-        ]
-        self.keys, self.values = (buffer[:, :, :0] for buffer in self._buffers)
-        self.is_initialized = True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        assert end <= self.capacity, (end, self.capacity)
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
-        return self.keys, self.values
-
-
-def new_kv_cache(config: Any, context: int) -> DynamicCache:
-    """A KV cache for one sequence of at most `context` tokens; plain attention layers append in place."""
-    cache = DynamicCache(config=config)
-    cache.layers = [_PreallocatedLayer(context) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-def can_crop(cache: DynamicCache) -> bool:
-    """Whether the last tokens can be taken back (not with recurrent states or a window that has moved on)."""
-    return all(type(layer) in (_PreallocatedLayer, DynamicLayer) for layer in cache.layers)
-
-
-def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of the keys and values that the cache holds now."""
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for layer in cache.layers
-        for name in ("keys", "values")
-        if torch.is_tensor(tensor := getattr(layer, name, None))
-    )

@@ -22,6 +22,7 @@ from .convert import convert, default_trunk
 from .errors import DataError, UsageError
 from .experts import make_kernels, open_pool
 from .generate import Chunk, Completion, Sequence, stream_answer
+from .lean import make_lean_decoder
 from .manifest import Manifest
 from .predictor import RouterPredictor
 from .prefetch import NoPrefetch, Prefetcher
@@ -162,7 +163,7 @@ class Model:
         needs = memory.Needs(
             program=memory.resident_bytes(),
             trunk=trunk_bytes(manifest, skeleton, pool),
-            kv=hf.measure_kv_bytes(skeleton, context),
+            kv=hf.measure_kv_bytes(skeleton, context, config.prefill_chunk),
             workspace=_workspace_bytes(skeleton, context, config.prefill_chunk),
             record=store.record_bytes,
             experts=manifest.num_experts,
@@ -206,6 +207,7 @@ class Model:
         self._stats.kernels = kernels[0].name
         self._runtime = ExpertRuntime(cache, slots, transfers, kernels, self._stats, ahead, predictor)
         hf.attach(skeleton, lambda site, x, index, weights: self._runtime.run_layer(site.index, x, index, weights))
+        self._lean = make_lean_decoder(skeleton, pool, self._runtime, notice)
 
     # Text in, text out
 
@@ -268,7 +270,9 @@ class Model:
 
     def new_sequence(self) -> Sequence:
         """An empty sequence with room for the whole context."""
-        return Sequence(self.transformers_model, self.context, self.config.prefill_chunk, self._step_threads)
+        return Sequence(
+            self.transformers_model, self.context, self.config.prefill_chunk, self._step_threads, self._lean
+        )
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids; `special` adds what the tokenizer puts around a text (a rendered chat has it already)."""

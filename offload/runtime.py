@@ -7,6 +7,7 @@ not depend on what was cached, prefetched or how large the budget is.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -45,8 +46,7 @@ class Assignment(NamedTuple):
         if tokens == 1:
             experts = ranked[0].tolist()
             if len(set(experts)) == k:  # as every top-k router gives; anything else takes the general way
-                places = torch.arange(k).reshape(1, k)
-                return cls(experts, list(range(k + 1)), torch.zeros(k, dtype=torch.int32), places, order)
+                return cls.of_token(experts)._replace(order=order)
         flat, by_expert = torch.sort(ranked.reshape(-1), stable=True)
         experts_t, counts = torch.unique_consecutive(flat, return_counts=True)
         starts = [0, *counts.cumsum(0).tolist()]
@@ -55,9 +55,22 @@ class Assignment(NamedTuple):
         rows = (by_expert // k).to(torch.int32)
         return cls(experts_t.tolist(), starts, rows, places.reshape(tokens, k), order)
 
+    @classmethod
+    def of_token(cls, experts: list[int]) -> Assignment:
+        """One token's distinct experts, ascending."""
+        k = len(experts)
+        starts, rows, places = _one_token(k)
+        return cls(experts, starts, rows, places, places)
+
     def job(self, record: torch.Tensor, expert: int) -> ExpertJob:
         at = self.experts.index(expert)
         return ExpertJob(record, self.starts[at], self.starts[at + 1] - self.starts[at])
+
+
+@functools.cache
+def _one_token(k: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """What every assignment of one token to k experts shares: starts, rows and places."""
+    return list(range(k + 1)), torch.zeros(k, dtype=torch.int32), torch.arange(k).reshape(1, k)
 
 
 def combine(parts: torch.Tensor, work: Assignment, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -113,6 +126,21 @@ class ExpertRuntime:
         prompt = hidden_states.shape[0] > 1
         guess = None if prompt or self.predictor is None else self.predictor.predict(layer + 1)
         work = Assignment.of(top_k_index)
+        hidden = hidden_states.float().contiguous()
+        parts = self.run_experts(layer, hidden, work, () if guess is None else guess.reshape(-1).tolist())
+        return combine(parts, work, top_k_weights).to(hidden_states.dtype)
+
+    def run_experts(self, layer: int, hidden: torch.Tensor, work: Assignment, guess: Sequence[int]) -> torch.Tensor:
+        """Each chosen expert's output for each of its tokens.
+
+        Args:
+            hidden: float32 [T, H], contiguous.
+            guess: experts of the next layer to read ahead.
+
+        Returns:
+            float32 [R, H], by row of `work`, unweighted.
+        """
+        prompt = hidden.shape[0] > 1
         self.prefetch.settle(layer, set(work.experts))
         wanted = self.cache.lookup(layer, work.experts, promote=not prompt)
         late = sum(map(self.cache.is_arriving, wanted.misses))
@@ -120,9 +148,9 @@ class ExpertRuntime:
         reads = _Reads(self, layer, wanted, keep=self._worth_keeping(layer, work) if prompt else None)
         try:
             reads.start()
-            if guess is not None:
-                self.prefetch.request(layer + 1, guess.reshape(-1).tolist())  # queued behind what we wait for
-            hidden, parts = hidden_states.float().contiguous(), torch.empty(len(work.rows), hidden_states.shape[1])
+            if guess:
+                self.prefetch.request(layer + 1, guess)  # queued behind what we wait for
+            parts = torch.empty(len(work.rows), hidden.shape[1])
             self._compute(layer, wanted.hits, hidden, work, parts)  # while misses travel
             reads.release(wanted.hits)
             while ready := reads.next():
@@ -130,7 +158,7 @@ class ExpertRuntime:
                 reads.release(ready)
         finally:
             reads.close()
-        return combine(parts, work, top_k_weights).to(hidden_states.dtype)
+        return parts
 
     def _compute(
         self, layer: int, experts: Sequence[ExpertId], hidden: torch.Tensor, work: Assignment, parts: torch.Tensor

@@ -36,6 +36,8 @@ __all__ = [
     "why_missing",
 ]
 _FORMATS = {"int4": 0, "int4_asymmetric": 1, "int8": 2}
+FLOAT32 = 3
+"""`pm_format` of a matrix that is not packed."""
 
 
 class _ExpertSpec(ctypes.Structure):
@@ -47,8 +49,14 @@ class _ExpertSpec(ctypes.Structure):
     )
 
 
-class _MatrixSpec(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int32) for name in ("rows", "cols", "format", "group"))
+class Matrix(ctypes.Structure):
+    """`pm_matrix`: y = x W^T + bias, W packed or plain float32."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("rows", "cols", "format", "group")),
+    )
 
 
 def default_threads() -> int:
@@ -93,7 +101,7 @@ class NativePool:
 
     @isa.setter
     def isa(self, isa: str) -> None:
-        _check(self.library.c.pm_set_isa(self.handle, isa.encode()), f"instruction set {isa!r}")
+        check(self.library.c.pm_set_isa(self.handle, isa.encode()), f"instruction set {isa!r}")
 
     @property
     def threads(self) -> int:
@@ -101,7 +109,7 @@ class NativePool:
 
     @threads.setter
     def threads(self, threads: int) -> None:
-        _check(self.library.c.pm_set_threads(self.handle, threads), f"threads={threads}")
+        check(self.library.c.pm_set_threads(self.handle, threads), f"threads={threads}")
         self._threads = threads
 
     def combine(self, parts: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
@@ -128,7 +136,7 @@ class NativePool:
             parts.shape[1],
             out.data_ptr(),
         )
-        _check(status, "pm_combine")
+        check(status, "pm_combine")
 
     def stream(self, buffers: Sequence[torch.Tensor]) -> int:
         """Read every byte of contiguous tensors once with all threads, for benchmarks: no kernel can be faster."""
@@ -142,7 +150,8 @@ class NativePool:
         self._close()
 
 
-def _check(status: int, what: str) -> None:
+def check(status: int, what: str) -> None:
+    """Raises NativeError for a status that is not PM_OK."""
     if status:
         raise NativeError(f"{what}: " + {1: "out of memory", 2: "bad argument"}.get(status, f"status {status}"))
 
@@ -231,7 +240,7 @@ class NativeKernels:
             out.data_ptr(),
         )
         if status:
-            _check(status, f"pm_experts with {len(jobs)} jobs for hidden {tuple(hidden.shape)}")
+            check(status, f"pm_experts with {len(jobs)} jobs for hidden {tuple(hidden.shape)}")
 
 
 def _int4_format(codec: str) -> Int4Format:
@@ -267,10 +276,14 @@ class NativeMatrix:
             raise ValueError(f"bias must be contiguous float32 [{rows}], not {bias.dtype} {tuple(bias.shape)}")
         self.pool, self.rows, self.cols = pool, rows, cols
         self._tensors = (packed, bias)  # keeps the addresses below alive
-        self._packed = packed.data_ptr()
-        self._bias = None if bias is None else bias.data_ptr()
-        self._spec = _MatrixSpec(rows=rows, cols=cols, **_format_fields(fmt))
-        self._spec_pointer = ctypes.addressof(self._spec)
+        self.spec = Matrix(
+            data=packed.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            rows=rows,
+            cols=cols,
+            **_format_fields(fmt),
+        )
+        self._spec_pointer = ctypes.addressof(self.spec)
         self._call = pool.library.c.pm_linear
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -283,14 +296,12 @@ class NativeMatrix:
         status = self._call(
             self.pool.handle,
             self._spec_pointer,
-            self._packed,
-            self._bias,
             x.data_ptr(),
             x.numel() // self.cols,
             out.data_ptr(),
         )
         if status:
-            _check(status, f"pm_linear [{self.rows}, {self.cols}]")
+            check(status, f"pm_linear [{self.rows}, {self.cols}]")
         return out
 
 

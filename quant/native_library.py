@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import native_build
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class NativeError(RuntimeError):
@@ -37,7 +37,9 @@ _FUNCTIONS = {
         (_POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER),
         _INT,
     ),
-    "pm_linear": ((_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER), _INT),
+    "pm_linear": ((_POINTER, _POINTER, _POINTER, _SIZE, _POINTER), _INT),
+    "pm_attention": ((_POINTER, _POINTER, _POINTER), _INT),
+    "pm_mlp": ((_POINTER, _POINTER, _POINTER, _INT, _POINTER), _INT),
     "pm_combine": ((_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER), _INT),
     "pm_stream": ((_POINTER, _POINTER, _POINTER, _SIZE), ctypes.c_uint64),
 }

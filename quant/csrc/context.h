@@ -53,6 +53,7 @@ struct pm_context {
     pm::Scratch tokens;    // quantised input rows
     pm::Scratch hidden;    // quantised activations between the projections
     pm::Scratch progress;  // per job: counters and item ranges
+    pm::Scratch floats;    // a token's queries, scores and the like
 };
 
 #endif

@@ -57,6 +57,28 @@ struct ActivateArgs {
     int64_t out_stride;
 };
 
+// Some query heads that share one key and value head, over the cached tokens.
+struct AttendArgs {
+    const float* query;         // [heads, key_dim]
+    int64_t heads;
+    const float* keys;          // [tokens, key_dim]
+    const float* values;        // [tokens, value_dim]
+    int64_t tokens, key_dim, value_dim;
+    float scaling;
+    const float* sinks;         // [heads] or null: a logit that takes its share of the softmax and gives nothing
+    float* scores;              // [2, tokens] scratch
+    float* out;                 // [heads, value_dim]
+};
+
+struct GateArgs {
+    int32_t activation;         // pm_activation, one with a gate
+    float alpha, limit;
+    const float* gate;          // [n]
+    const float* up;            // [n]
+    int64_t n;
+    float* out;                 // [n]; may be gate or up
+};
+
 struct Isa {
     const char* name;
     bool (*usable)();
@@ -68,6 +90,16 @@ struct Isa {
     void (*combine)(const float* parts, int64_t stride, const int32_t* index, const float* weights, int64_t k,
                     int64_t n, float* out);
     uint64_t (*read)(const uint8_t* data, int64_t nbytes);
+    // y [n] += x
+    void (*add)(const float* x, int64_t n, float* y);
+    // out [n] = weight * x / sqrt(mean(x^2) + eps); out may be x.
+    void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+    // y [rows] = w [rows, cols] x + bias; bias may be null.
+    void (*matvec)(const float* w, int64_t rows, int64_t cols, const float* bias, const float* x, float* y);
+    // n pairs of x, (i, i + n) or interleaved (2 i, 2 i + 1), turned by angles.
+    void (*rotate)(float* x, const float* cosine, const float* sine, int64_t n, bool interleaved);
+    void (*attend)(const AttendArgs& args);
+    void (*gate)(const GateArgs& args);
 };
 
 extern const Isa isa_portable;

@@ -251,8 +251,8 @@ uint64_t read(const uint8_t* data, int64_t nbytes) {
 
 namespace pm {
 #ifdef PM_AVXVNNI
-const Isa isa_avxvnni = {"avxvnni", cpu_has_avxvnni, quantize, dot, activate, combine, read};
+const Isa isa_avxvnni = {"avxvnni", cpu_has_avxvnni, PM_KERNELS};
 #else
-const Isa isa_avx2 = {"avx2", cpu_has_avx2, quantize, dot, activate, combine, read};
+const Isa isa_avx2 = {"avx2", cpu_has_avx2, PM_KERNELS};
 #endif
 }  // namespace pm

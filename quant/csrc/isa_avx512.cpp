@@ -180,5 +180,5 @@ uint64_t read(const uint8_t* data, int64_t nbytes) {
 #include "kernels.h"
 
 namespace pm {
-const Isa isa_avx512 = {"avx512vnni", cpu_has_avx512vnni, quantize, dot, activate, combine, read};
+const Isa isa_avx512 = {"avx512vnni", cpu_has_avx512vnni, PM_KERNELS};
 }

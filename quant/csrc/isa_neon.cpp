@@ -212,5 +212,5 @@ uint64_t read(const uint8_t* data, int64_t nbytes) {
 #include "kernels.h"
 
 namespace pm {
-const Isa isa_neon = {"neon", cpu_has_dot_product, quantize, dot, activate, combine, read};
+const Isa isa_neon = {"neon", cpu_has_dot_product, PM_KERNELS};
 }

@@ -12,7 +12,11 @@
 #ifndef POCKETMOE_KERNELS_H
 #define POCKETMOE_KERNELS_H
 
+#include "attend.h"
 #include "dot.h"
 #include "elementwise.h"
+
+// The entries of an `Isa` table after its name and `usable`.
+#define PM_KERNELS quantize, dot, activate, combine, read, add, rms_norm, matvec, rotate, attend, gate
 
 #endif

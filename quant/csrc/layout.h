@@ -15,6 +15,11 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 struct Matrix {
     int32_t rows = 0, cols = 0, format = 0, group = 32;
 
+    explicit Matrix(const pm_matrix& m) : rows(m.rows), cols(m.cols), format(m.format), group(m.group) {}
+    Matrix(int32_t rows, int32_t cols, int32_t format, int32_t group)
+        : rows(rows), cols(cols), format(format), group(group) {}
+    Matrix() = default;
+
     bool valid() const {
         return rows > 0 && cols > 0 && format >= PM_INT4 && format <= PM_INT8 &&
                (group == 32 || group == 64 || group == 128);

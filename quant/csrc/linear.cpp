@@ -4,6 +4,7 @@
 
 #include "context.h"
 #include "layout.h"
+#include "linear.h"
 
 namespace pm {
 namespace {
@@ -13,6 +14,7 @@ constexpr int64_t SERIAL_TOKENS = 4;
 constexpr int64_t ITEM_BYTES = 48 * 1024;
 constexpr int64_t ITEM_ROWS = 128;
 constexpr int64_t STREAM_BYTES = 64 * 1024;
+constexpr int64_t FLOAT_ROWS = 8;
 
 struct LinearRegion {
     const Isa* isa;
@@ -54,6 +56,47 @@ void linear_body(void* region, int phase, int64_t item, int) {
     r.isa->dot(args);
 }
 
+struct FloatRegion {
+    const Isa* isa;
+    const pm_matrix* matrix;
+    const float* x;
+    float* y;
+};
+
+void float_body(void* region, int, int64_t item, int) {
+    const FloatRegion& r = *static_cast<FloatRegion*>(region);
+    const int64_t cols = r.matrix->cols, first = item * FLOAT_ROWS;
+    const int64_t rows = std::min(FLOAT_ROWS, r.matrix->rows - first);
+    r.isa->matvec(static_cast<const float*>(r.matrix->data) + first * cols, rows, cols,
+                  r.matrix->bias ? r.matrix->bias + first : nullptr, r.x, r.y + first);
+}
+
+void linear_floats(pm_context& context, const pm_matrix& matrix, const float* x, int64_t tokens, float* y) {
+    const int64_t items[MAX_PHASES] = {ceil_div(matrix.rows, FLOAT_ROWS), 0, 0};
+    for (int64_t t = 0; t < tokens; t++) {
+        FloatRegion r = {context.isa, &matrix, x + t * matrix.cols, y + t * matrix.rows};
+        context.pool->run(float_body, &r, items, int64_t{4} * matrix.rows * matrix.cols);
+    }
+}
+
+void linear_packed(pm_context& context, const pm_matrix& matrix, const float* x, int64_t tokens, float* y) {
+    LinearRegion r = {};
+    r.matrix = Matrix(matrix);
+    r.packed = static_cast<const uint8_t*>(matrix.data);
+    r.bias = matrix.bias;
+    r.x = x;
+    r.tokens = tokens;
+    r.y = y;
+    r.isa = context.isa;
+    r.quantized = context.tokens.get<Group>(tokens * r.matrix.activation_groups());
+    r.blocks = std::max<int64_t>(2, ITEM_BYTES / r.matrix.block_bytes() & ~1);  // kernels may take pairs
+    r.row_chunks = ceil_div(tokens, ITEM_ROWS);
+    int64_t items[MAX_PHASES] = {0, ceil_div(r.matrix.blocks(), r.blocks) * r.row_chunks, 0};
+    if (tokens > SERIAL_TOKENS) r.token_items = items[0] = ceil_div(tokens, TOKENS_PER_ITEM);
+    else quantize_tokens(r, 0, tokens);
+    context.pool->run(linear_body, &r, items, tokens * r.matrix.blocks() * r.matrix.block_bytes());
+}
+
 struct CombineRegion {
     const Isa* isa;
     const float* parts;
@@ -92,30 +135,24 @@ void stream_body(void* region, int, int64_t item, int) {
 }
 
 }  // namespace
+
+bool is_valid(const pm_matrix& m) {
+    return m.format == PM_FLOAT32 ? m.rows > 0 && m.cols > 0 : Matrix(m).valid();
+}
+
+void linear(pm_context& context, const pm_matrix& matrix, const float* x, int64_t tokens, float* y) {
+    if (matrix.format == PM_FLOAT32) linear_floats(context, matrix, x, tokens, y);
+    else linear_packed(context, matrix, x, tokens, y);
+}
+
 }  // namespace pm
 
 extern "C" {
 
-int32_t pm_linear(pm_context* context, const pm_matrix_spec* spec, const uint8_t* packed, const float* bias,
-                  const float* x, int64_t tokens, float* y) try {
-    using namespace pm;
-    LinearRegion r = {};
-    r.matrix = Matrix{spec->rows, spec->cols, spec->format, spec->group};
-    if (!r.matrix.valid()) return PM_BAD_ARGUMENT;
-    r.packed = packed;
-    r.bias = bias;
-    r.x = x;
-    r.tokens = tokens;
-    r.y = y;
+int32_t pm_linear(pm_context* context, const pm_matrix* matrix, const float* x, int64_t tokens, float* y) try {
+    if (!pm::is_valid(*matrix)) return PM_BAD_ARGUMENT;
     const std::lock_guard<std::mutex> lock(context->mutex);
-    r.isa = context->isa;
-    r.quantized = context->tokens.get<Group>(tokens * r.matrix.activation_groups());
-    r.blocks = std::max<int64_t>(2, ITEM_BYTES / r.matrix.block_bytes() & ~1);  // kernels may take pairs
-    r.row_chunks = ceil_div(tokens, ITEM_ROWS);
-    int64_t items[MAX_PHASES] = {0, ceil_div(r.matrix.blocks(), r.blocks) * r.row_chunks, 0};
-    if (tokens > SERIAL_TOKENS) r.token_items = items[0] = ceil_div(tokens, TOKENS_PER_ITEM);
-    else quantize_tokens(r, 0, tokens);
-    context->pool->run(linear_body, &r, items, tokens * r.matrix.blocks() * r.matrix.block_bytes());
+    pm::linear(*context, *matrix, x, tokens, y);
     return PM_OK;
 } catch (const std::bad_alloc&) {
     return PM_OUT_OF_MEMORY;

@@ -14,14 +14,14 @@
 #endif
 
 // Raised whenever a structure or a signature below changes; quant/native.py refuses another number.
-#define PM_ABI_VERSION 1
+#define PM_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 enum pm_status { PM_OK = 0, PM_OUT_OF_MEMORY = 1, PM_BAD_ARGUMENT = 2 };
-enum pm_format { PM_INT4 = 0, PM_INT4_ASYMMETRIC = 1, PM_INT8 = 2 };
+enum pm_format { PM_INT4 = 0, PM_INT4_ASYMMETRIC = 1, PM_INT8 = 2, PM_FLOAT32 = 3 };
 enum pm_activation { PM_SILU = 0, PM_SILU_CLAMP = 1, PM_GPT_OSS = 2, PM_GELU_TANH = 3, PM_RELU2 = 4 };
 
 // Worker threads, their scratch memory and the instruction set they use. Calls on one context are serialised by a
@@ -45,10 +45,71 @@ typedef struct {
     int64_t count;
 } pm_job;
 
+// y = x W^T + bias
 typedef struct {
+    const void* data;   // packed; for PM_FLOAT32 plain [rows, cols]
+    const float* bias;  // [rows] or NULL
     int32_t rows, cols;
     int32_t format, group;
-} pm_matrix_spec;
+} pm_matrix;
+
+enum pm_scoring { PM_SOFTMAX = 0, PM_SIGMOID = 1 };
+
+// Chooses experts: the top_k largest of scores + correction, weighted by their scores.
+typedef struct {
+    const float* weight;      // [experts, hidden]
+    const float* bias;        // [experts] or NULL, part of the logits
+    const float* correction;  // [experts] or NULL, counts for the choice but not for the weights
+    int32_t experts, top_k;
+    int32_t scoring;
+    int32_t normalize;        // weights are divided by their sum
+    int32_t groups, top_groups;  // choose only within the top_groups groups whose two best experts are best; 0 = all
+    float scale;              // of the weights, at last
+} pm_router;
+
+// The first half of a decoder layer: norm, attention with its cache, norm, router. NULL = the part is absent.
+typedef struct {
+    pm_matrix query, key, value, output;
+    const float* input_norm;   // [hidden]
+    const float* query_norm;   // [head_dim], or of the whole projection if whole_norms
+    const float* key_norm;
+    const float* output_norm;  // [hidden], after attention
+    const float* sinks;        // [heads]
+    const pm_router* router;
+    const float* next_norm;    // [hidden], with next_router: the same of the next MoE layer, for a guess
+    const pm_router* next_router;
+    int32_t heads, kv_heads, head_dim;
+    int32_t rotary_pairs;
+    int32_t whole_norms;
+    float input_epsilon, qk_epsilon, output_epsilon, next_epsilon;
+    float scaling;
+    float clip;                // of queries, keys and values; 0 = none
+} pm_attention_spec;
+
+// What changes from token to token. All arrays are contiguous.
+typedef struct {
+    float* x;             // [hidden] the residual, updated in place
+    const float* delta;   // [hidden] or NULL: added to x first (what the layer before has computed)
+    const float* cosine;  // [rotary_pairs]
+    const float* sine;
+    float* keys;          // [kv_heads, capacity, head_dim]
+    float* values;
+    int64_t capacity;
+    int64_t first;        // cached tokens first..position - 1 are attended to, and this one
+    int64_t position;     // where this token's key and value go
+    float* normed;        // out [hidden]: what the experts read
+    int32_t* experts;     // out [top_k], ascending
+    float* weights;       // out [top_k]
+    int32_t* guess;       // out [top_k of next_router], ascending
+} pm_token;
+
+// A feed-forward block of the trunk: y = down(activation(gate x) * up x), times sigmoid(share x) if there is a share.
+typedef struct {
+    pm_matrix gate, up, down;
+    const float* share;  // [hidden] or NULL
+    int32_t activation;
+    float alpha, limit;
+} pm_mlp_spec;
 
 PM_API int32_t pm_abi_version(void);
 
@@ -71,9 +132,14 @@ PM_API int32_t pm_set_isa(pm_context* context, const char* isa);
 PM_API int32_t pm_experts(pm_context* context, const pm_expert_spec* spec, const float* hidden, int64_t tokens,
                           const int32_t* rows, int64_t n_rows, const pm_job* jobs, int64_t n_jobs, float* out);
 
-// y = x W^T + bias. x [tokens, cols], y [tokens, rows], bias [rows] or NULL.
-PM_API int32_t pm_linear(pm_context* context, const pm_matrix_spec* spec, const uint8_t* packed, const float* bias,
-                         const float* x, int64_t tokens, float* y);
+// x [tokens, cols], y [tokens, rows].
+PM_API int32_t pm_linear(pm_context* context, const pm_matrix* matrix, const float* x, int64_t tokens, float* y);
+
+// One token through the attention half of a layer.
+PM_API int32_t pm_attention(pm_context* context, const pm_attention_spec* spec, const pm_token* token);
+
+// One token through a feed-forward block; adds to y if `add`, else writes it. x [hidden], y [hidden].
+PM_API int32_t pm_mlp(pm_context* context, const pm_mlp_spec* spec, const float* x, int32_t add, float* y);
 
 // out[t] = sum over j = 0..k-1, in that order, of weights[t, j] * parts[index[t, j]]; negative indices are skipped.
 PM_API int32_t pm_combine(pm_context* context, const float* parts, const int32_t* index, const float* weights,

@@ -1,0 +1,160 @@
+"""Keys and values of one sequence, in buffers that are allocated once and filled in place.
+
+They are cache layers of transformers, so that its own modules and our decode step (`lean.py`) fill the same buffers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class Room(NamedTuple):
+    """Where the next token goes: it attends to buffer positions `first`..`position`, the last being its own."""
+
+    keys: int
+    """Address of [kv_heads, capacity, head_dim]."""
+    values: int
+    capacity: int
+    first: int
+    position: int
+
+
+class _Buffers:
+    """What both kinds of layer share: two tensors [1, kv_heads, capacity, head_dim] and how far they are filled."""
+
+    capacity: int
+    end = 0
+    buffers: tuple[torch.Tensor, ...] = ()
+
+    def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # Untouched pages of an empty tensor are not resident: memory is used as the context fills.
+        self.buffers = tuple(
+            torch.empty((*states.shape[:2], self.capacity, states.shape[3]), dtype=states.dtype, device=states.device)
+            for states in (key_states, value_states)
+        )
+
+    def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        start, self.end = self.end, self.end + key_states.shape[2]
+        assert self.end <= self.capacity, (self.end, self.capacity)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self.end] = states
+
+    def between(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (buffer.narrow(2, first, end - first) for buffer in self.buffers)
+        return keys, values
+
+    def room(self, first: int) -> Room:
+        keys, values = self.buffers
+        return Room(keys.data_ptr(), values.data_ptr(), self.capacity, first, self.end - 1)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+
+class FullLayer(_Buffers, DynamicLayer):
+    """All tokens of a context. The library's own layer concatenates, which copies the cache for every token."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.allocate(key_states, value_states)
+        self.keys, self.values = self.between(0, 0)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.end = self.get_seq_length()  # `crop` has only shortened the views
+        self.write(key_states, value_states)
+        self.keys, self.values = self.between(0, self.end)
+        return self.keys, self.values
+
+    def extend(self) -> Room:
+        """Room for one more token, which counts as cached from now on."""
+        self.end = self.get_seq_length() + 1
+        self.keys, self.values = self.between(0, self.end)
+        return self.room(0)
+
+
+class WindowLayer(_Buffers, DynamicSlidingWindowLayer):
+    """The last tokens of a context, for layers that look back no further. When the buffer is full, those that are still
+    in sight move to its front, so that keys stay contiguous and the cost of moving is spread over many tokens."""
+
+    def __init__(self, sliding_window: int, context: int, chunk: int) -> None:
+        super().__init__(sliding_window)
+        self.capacity = min(context, sliding_window - 1 + max(chunk, sliding_window))
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.allocate(key_states, value_states)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        kept = self._make_room(key_states.shape[2])
+        self.write(key_states, value_states)
+        self._count(key_states.shape[2])
+        return self.between(self.end - key_states.shape[2] - kept, self.end)
+
+    def extend(self) -> Room:
+        """Room for one more token, which counts as cached from now on."""
+        kept = self._make_room(1)
+        self.end += 1
+        self._count(1)
+        return self.room(self.end - 1 - kept)
+
+    def _make_room(self, tokens: int) -> int:
+        """Returns how many tokens are in sight of the next one."""
+        kept = min(self.cumulative_length, self.sliding_window - 1)
+        if self.end + tokens > self.capacity:
+            for buffer in self.buffers:
+                buffer[:, :, :kept] = buffer[:, :, self.end - kept : self.end].clone()
+            self.end = kept
+        return kept
+
+    def _count(self, tokens: int) -> None:
+        self.cumulative_length += tokens
+        self.keys, self.values = self.between(max(0, self.end - self.sliding_window + 1), self.end)
+
+
+def new_kv_cache(config: Any, context: int, chunk: int) -> DynamicCache:
+    """A KV cache for one sequence of at most `context` tokens, fed at most `chunk` at a time. Layers of a kind that is
+    unknown here (recurrent states and the like) stay the library's own."""
+
+    def preallocated(layer: Any) -> Any:
+        if type(layer) is DynamicLayer:
+            return FullLayer(context)
+        if type(layer) is DynamicSlidingWindowLayer:
+            return WindowLayer(layer.sliding_window, context, chunk)
+        return layer
+
+    cache = DynamicCache(config=config)
+    cache.layers = [preallocated(layer) for layer in cache.layers]
+    return cache
+
+
+def can_crop(cache: DynamicCache) -> bool:
+    """Whether the last tokens can be taken back (not with recurrent states or a window that has moved on)."""
+    return all(type(layer) in (FullLayer, DynamicLayer) for layer in cache.layers)
+
+
+def allocates_ahead(cache: DynamicCache) -> bool:
+    """Whether every layer takes all its memory with the first token."""
+    return all(isinstance(layer, _Buffers) for layer in cache.layers)
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of the keys and values, as far as they are allocated."""
+    return sum(
+        layer.nbytes
+        if isinstance(layer, _Buffers)
+        else sum(t.nbytes for name in ("keys", "values") if torch.is_tensor(t := getattr(layer, name, None)))
+        for layer in cache.layers
+    )
