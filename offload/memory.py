@@ -70,7 +70,9 @@ class Needs(NamedTuple):
     trunk: int
     kv: int
     workspace: int
-    """Transient memory of a forward pass, and what libraries keep."""
+    """Transient memory of a forward pass over a piece of a prompt."""
+    step: int
+    """The same for a single token; prompts borrow the difference from the experts' slots."""
     record: int
     experts: int
     """Number of experts in the model."""
@@ -81,7 +83,13 @@ class Needs(NamedTuple):
 
     @property
     def fixed(self) -> int:
+        """What slots have to leave free while a prompt is read."""
         return self.program + self.trunk + self.kv + self.workspace
+
+    @property
+    def fixed_in_answers(self) -> int:
+        """What slots have to leave free otherwise."""
+        return self.fixed - self.workspace + self.step
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,11 @@ class MemoryPlan:
     def slot_bytes(self) -> int:
         return self.slots * self.needs.record
 
+    def slots_beside(self, workspace: int) -> int:
+        """How many of the slots may be in use while a forward pass needs that many bytes; at least the floor."""
+        left = self.budget - self.needs.fixed + self.needs.workspace - workspace
+        return max(self.needs.floor, min(self.slots, left // self.needs.record))
+
     def __str__(self) -> str:
         n, size = self.needs, format_bytes
         budget = (
@@ -106,11 +119,14 @@ class MemoryPlan:
         )
         on_disk = n.experts - self.slots
         where = f"{self.slots:,} fit in RAM ({size(self.slot_bytes)})"
+        lent = self.slots - self.slots_beside(n.workspace)
+        if lent > 0:
+            where += f", {lent:,} of them when no prompt is being read"
         if on_disk > 0:
             where += f" | {on_disk:,} stay on disk ({size(on_disk * n.record)})"
         return (
             f"memory: {budget} = program {size(n.program)} + trunk {size(n.trunk)} + KV cache {size(n.kv)} "
-            f"({n.context:,} tokens) + workspace {size(n.workspace)} + experts {size(self.slot_bytes)}\n"
+            f"({n.context:,} tokens) + workspace {size(n.step)} + experts {size(self.slot_bytes)}\n"
             f"experts: {n.experts:,} of {size(n.record)}: {where}"
         )
 
@@ -128,7 +144,7 @@ def make_plan(needs: Needs, ram: int | None, slots: int | None = None) -> Memory
     everything = needs.fixed + needs.experts * needs.record
     automatic = ram is None
     budget = ram if ram is not None else min(everything, resident_bytes() + int(available_bytes() * (1 - LEAVE_FREE)))
-    most = (budget - needs.fixed) // needs.record
+    most = (budget - needs.fixed_in_answers) // needs.record
     if slots is None:
         slots = max(0, min(most, needs.experts))
     elif slots > most:
@@ -136,7 +152,7 @@ def make_plan(needs: Needs, ram: int | None, slots: int | None = None) -> Memory
             f"{slots} slots of {format_bytes(needs.record)} do not fit into {format_bytes(budget)}, "
             f"at most {max(most, 0)} do"
         )
-    if slots < needs.floor:
+    if slots < needs.floor or budget < needs.fixed + needs.floor * needs.record:
         least = needs.fixed + needs.floor * needs.record
         size = format_bytes
         lead = "this machine's free memory allows" if automatic else "the budget is"
@@ -166,6 +182,6 @@ def adjust(plan: MemoryPlan, needs: Needs) -> MemoryPlan:
     chosen again, because it followed from the needs."""
     if plan.automatic:
         return make_plan(needs, None, min(plan.slots, make_plan(needs, None).slots))
-    if plan.slots * needs.record + needs.fixed <= plan.budget:
+    if plan.slots * needs.record + needs.fixed_in_answers <= plan.budget and make_plan(needs, plan.budget):
         return replace(plan, needs=needs)
     return replace(plan, needs=needs, slots=min(make_plan(needs, plan.budget).slots, plan.slots))

@@ -22,6 +22,7 @@ from .convert import convert, default_trunk
 from .errors import DataError, UsageError
 from .experts import make_kernels, open_pool
 from .generate import Chunk, Completion, Sequence, stream_answer
+from .hf_layers import FAMILIES
 from .lean import make_lean_decoder
 from .manifest import Manifest
 from .predictor import RouterPredictor
@@ -33,6 +34,7 @@ from .store import ExpertStore, is_store
 from .tiers import RamSlots
 from .transfer import ThreadedTransfers
 from .trunk import load_packed_trunk, trunk_bytes
+from .workspace import Workspace
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_CODEC = "int4-g32"
@@ -160,11 +162,13 @@ class Model:
         if context > longest:
             raise UsageError(f"context {context:,} is more than the {longest:,} tokens that this model was made for")
         memory.return_freed_memory()  # a conversion in this process may have left some
+        self._workspace = Workspace.of(skeleton, pool is not None, skeleton.config.model_type in FAMILIES)
         needs = memory.Needs(
             program=memory.resident_bytes(),
             trunk=trunk_bytes(manifest, skeleton, pool),
             kv=hf.measure_kv_bytes(skeleton, context, config.prefill_chunk),
-            workspace=_workspace_bytes(skeleton, context, config.prefill_chunk),
+            workspace=self._workspace.bytes(min(config.prefill_chunk, context), context),
+            step=self._workspace.bytes(1, context),
             record=store.record_bytes,
             experts=manifest.num_experts,
             floor=sum(layer.top_k for layer in manifest.layers),
@@ -208,6 +212,9 @@ class Model:
         self._runtime = ExpertRuntime(cache, slots, transfers, kernels, self._stats, ahead, predictor)
         hf.attach(skeleton, lambda site, x, index, weights: self._runtime.run_layer(site.index, x, index, weights))
         self._lean = make_lean_decoder(skeleton, pool, self._runtime, notice)
+        self._hold_to_plan()
+        self.transformers_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self.transformers_model.register_forward_hook(self._after_forward, always_call=True)
 
     # Text in, text out
 
@@ -299,16 +306,40 @@ class Model:
 
     # State
 
+    def _hold_to_plan(self) -> None:
+        """Plan once more with what the program takes now that everything but experts and KV cache is in memory."""
+        memory.return_freed_memory()
+        needs = self.plan.needs
+        program = max(needs.program, memory.resident_bytes() - needs.trunk)
+        self.plan = memory.adjust(self.plan, needs._replace(program=program))
+        if self.plan.slots < self._runtime.cache.capacity:
+            self._runtime.resize(self.plan.slots)
+        self._slots = self._stats.slots = self.plan.slots
+        self._stats.ram_budget_bytes = self.plan.budget
+
+    def _before_forward(self, _module: Any, args: Any, kwargs: Any) -> None:
+        """A prompt borrows its workspace from the experts' slots."""
+        given = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        tokens = given.shape[0] * given.shape[1] if torch.is_tensor(given) else self.config.prefill_chunk
+        if tokens > 1:
+            cache = kwargs.get("past_key_values")
+            length = tokens + (cache.get_seq_length() if cache is not None else 0)
+            slots = min(self._slots, self.plan.slots_beside(self._workspace.bytes(tokens, length)))
+            if slots < self._runtime.cache.capacity:
+                self._runtime.resize(slots)
+
+    def _after_forward(self, *_: Any) -> None:
+        if self._runtime.cache.capacity < self._slots:
+            memory.return_freed_memory()
+            self._runtime.resize(self._slots)
+
     def _after_step(self) -> None:
         """Hold the budget: if something else in the process grew, slots give way."""
         self._runtime.cache.tick()
         over = memory.resident_bytes() - self.plan.budget
-        if (
-            over > 0
-            and (slots := self._runtime.cache.capacity - -(-over // self._store.record_bytes)) >= self.plan.needs.floor
-        ):
-            self._runtime.shrink(slots)
-            self._stats.slots = slots
+        if over > 0 and (slots := self._slots - -(-over // self._store.record_bytes)) >= self.plan.needs.floor:
+            self._runtime.resize(slots)
+            self._slots = self._stats.slots = slots
             self._notice(f"memory grew beyond the plan: {slots:,} expert slots remain")
 
     def stats(self) -> RunStats:
@@ -350,19 +381,3 @@ def _load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
         raise DataError(f"{path}: the tokenizer cannot be loaded: {error}") from None
-
-
-def _workspace_bytes(skeleton: hf.Skeleton, context: int, chunk: int) -> int:
-    """An upper bound on what a forward of `chunk` prompt tokens needs beside weights and cache."""
-    config = skeleton.config.get_text_config()
-    hidden = config.hidden_size
-    heads = getattr(config, "num_attention_heads", 1)
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    inner = max(site.layer.shape.intermediate for site in skeleton.sites)
-    k = max(site.layer.top_k for site in skeleton.sites)
-    activations = chunk * 4 * (12 * hidden + 8 * heads * head_dim)
-    experts = chunk * k * 4 * (hidden + 3 * inner) + 5 * 4 * hidden * inner
-    eager = getattr(config, "_attn_implementation", "eager") == "eager"
-    attention = chunk * context * (12 * heads if eager else 8) + context * heads * head_dim * 4 * 2
-    logits = 8 * 4 * config.vocab_size
-    return activations + experts + attention + logits + (48 << 20)

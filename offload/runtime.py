@@ -180,12 +180,12 @@ class ExpertRuntime:
         counts = sorted(range(len(work.experts)), key=lambda i: (work.starts[i] - work.starts[i + 1], i))
         return {work.experts[i] for i in counts[:share]}
 
-    def shrink(self, capacity: int) -> None:
-        """Give memory back: keep only the first `capacity` slots. Between forwards only."""
+    def resize(self, capacity: int) -> None:
+        """Use the first `capacity` slots only, and give the memory of the others back. Between forwards only."""
         self.prefetch.drain()
         for expert, _slot in self.cache.resize(capacity):
             self.prefetch.evicted(expert)
-        self.slots.shrink(capacity)
+        self.slots.resize(capacity)
 
     def close(self) -> None:
         self.prefetch.drain()

@@ -10,7 +10,7 @@ _HUGE_PAGE = 2 << 20
 
 
 class RamSlots:
-    """`capacity` slots of `record_bytes` each. Pages are resident from the first write into them until `shrink`.
+    """`capacity` slots of `record_bytes` each. Pages are resident from the first write into them until `resize`.
 
     Args:
         capacity: slots.
@@ -44,13 +44,16 @@ class RamSlots:
         """The bytes of a slot, uint8 [record_bytes], for a kernel to read where they lie."""
         return self._tensors[slot]
 
-    def shrink(self, capacity: int) -> None:
-        """Give the memory of slots `capacity` and above back to the system."""
-        assert 0 <= capacity <= self.capacity, (capacity, self.capacity)
-        if hasattr(self._map, "madvise"):
+    def resize(self, capacity: int) -> None:
+        """Give the memory of slots `capacity` and above back to the system, or use slots again that were given back.
+
+        The number that the slots were made with is the most.
+        """
+        assert 0 <= capacity <= len(self._slots), (capacity, len(self._slots))
+        if capacity < self.capacity and hasattr(self._map, "madvise"):
             start = -(-(self._start + capacity * self.record_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
             end = self._start + self.capacity * self.record_bytes
             if end > start:
                 self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
         self.capacity = capacity
-        del self._tensors[capacity:]
+        self._tensors = list(self._slots[:capacity].unbind(0))

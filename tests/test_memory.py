@@ -12,7 +12,15 @@ from pocketmoe.offload.memory import Needs, adjust, make_plan
 
 MB = 1_000_000
 NEEDS = Needs(
-    program=350 * MB, trunk=100 * MB, kv=50 * MB, workspace=60 * MB, record=2 * MB, experts=240, floor=60, context=4096
+    program=350 * MB,
+    trunk=100 * MB,
+    kv=50 * MB,
+    workspace=60 * MB,
+    step=60 * MB,
+    record=2 * MB,
+    experts=240,
+    floor=60,
+    context=4096,
 )
 
 
@@ -20,6 +28,18 @@ def test_slots_are_what_the_fixed_part_leaves():
     plan = make_plan(NEEDS, 800 * MB)
     assert plan.slots == 120
     assert plan.needs.fixed + plan.slot_bytes <= plan.budget
+
+
+def test_prompts_borrow_their_workspace_from_the_slots():
+    needs = NEEDS._replace(workspace=200 * MB, step=20 * MB)
+    plan = make_plan(needs, 1000 * MB)
+    assert plan.slots == 240
+    assert plan.slots_beside(needs.step) == plan.slots
+    assert plan.slots_beside(200 * MB) == 150
+    assert "90 of them when no prompt is being read" in str(plan)
+    with pytest.raises(MemoryBudgetError):  # the floor has to fit beside a prompt, too
+        make_plan(needs, 810 * MB)
+    assert make_plan(needs, 820 * MB).slots_beside(200 * MB) == needs.floor
 
 
 def test_no_more_slots_than_experts():

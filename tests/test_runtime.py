@@ -220,7 +220,7 @@ def test_shrinking_gives_slots_back_and_the_answers_stay_right():
     world = World(slots=20)
     for layer in range(LAYERS):
         world.run(layer, torch.arange(6).reshape(3, 2))
-    world.runtime.shrink(LAYERS * TOP_K)
+    world.runtime.resize(LAYERS * TOP_K)
     assert world.cache.capacity == LAYERS * TOP_K
     assert world.run(2, torch.tensor([[6, 1]]))[0, 0] == (number(2, 6) + number(2, 1)) / 2
     world.check()

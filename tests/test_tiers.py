@@ -70,14 +70,14 @@ def test_slots_cost_memory_when_they_are_written_and_shrinking_gives_it_back():
         slots.record(slot).fill_(slot)
     full = resident()
     assert full > before + 60 * MB
-    slots.shrink(16)
+    slots.resize(16)
     assert resident() < full - 40 * MB
     assert slots.capacity == 16
     for slot in range(16):
         assert (slots.record(slot) == slot).all(), "the slots that stay keep their bytes"
     with pytest.raises(IndexError):
         slots.record(16)
-    slots.shrink(0)
+    slots.resize(0)
     assert resident() < before + 16 * MB
 
 
@@ -87,14 +87,24 @@ def test_shrinking_never_touches_a_slot_that_stays_even_off_the_page_grid(monkey
     for slot in range(9):
         slots.record(slot).fill_(slot + 1)
     for capacity in (7, 5, 2, 1):
-        slots.shrink(capacity)
+        slots.resize(capacity)
         assert [int(slots.record(slot)[0]) for slot in range(capacity)] == list(range(1, capacity + 1))
         assert all((slots.record(slot) == slot + 1).all() for slot in range(capacity))
 
 
-def test_growing_is_not_shrinking():
+def test_slots_that_were_given_back_can_be_used_again():
+    slots = RamSlots(8, RECORD)
+    slots.record(7).fill_(9)
+    slots.resize(3)
+    slots.resize(8)
+    slots.record(7).fill_(5)
+    assert (slots.record(7) == 5).all()
+    assert slots.capacity == 8
+
+
+def test_slots_never_grow_beyond_what_they_were_made_with():
     with pytest.raises(AssertionError):
-        RamSlots(2, RECORD).shrink(3)
+        RamSlots(2, RECORD).resize(3)
 
 
 def test_memory_goes_back_when_the_slots_go():

@@ -1,0 +1,55 @@
+"""What a forward pass needs in memory beside weights, KV cache and expert slots."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .hf import Skeleton
+
+_FLOAT = 4
+
+
+class Workspace(NamedTuple):
+    """The sizes that decide it. `benchmarks/memory_budget.py` shows how the sum compares with the kernel's count."""
+
+    hidden: int
+    width: int
+    """Of all query heads together."""
+    score_heads: int
+    """Heads whose scores are kept for all tokens at once: all of them in eager attention, else none."""
+    intermediate: int
+    top_k: int
+    vocabulary: int
+    native: bool
+    """Experts run in native kernels; torch's need a whole dequantised expert beside its packed bytes."""
+    lean: bool
+    """Single tokens go past the model's own modules."""
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, native: bool, lean: bool) -> Workspace:
+        config = skeleton.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", 1)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return cls(
+            hidden=config.hidden_size,
+            width=heads * head_dim,
+            score_heads=heads if getattr(config, "_attn_implementation", "eager") == "eager" else 0,
+            intermediate=max(site.layer.shape.intermediate for site in skeleton.sites),
+            top_k=max(site.layer.top_k for site in skeleton.sites),
+            vocabulary=config.vocab_size,
+            native=native,
+            lean=lean,
+        )
+
+    def bytes(self, tokens: int, length: int) -> int:
+        """An upper bound for a forward of `tokens` tokens, the last of which is number `length`."""
+        logits = 8 * _FLOAT * self.vocabulary  # with what sampling makes of them
+        if tokens == 1 and self.lean and self.native:
+            return logits + (16 << 20)
+        activations = tokens * _FLOAT * (6 * self.hidden + 6 * self.width)
+        experts = tokens * self.top_k * _FLOAT * (self.hidden + (1 if self.native else 3) * self.intermediate)
+        if not self.native:
+            experts += 5 * _FLOAT * self.hidden * self.intermediate
+        # The mask, a layer's keys and values repeated for all heads, and the scores where they are kept.
+        attention = tokens * length * (2 * _FLOAT + 3 * _FLOAT * self.score_heads) + 2 * _FLOAT * length * self.width
+        return int(1.1 * (activations + experts + attention)) + logits + (16 << 20)
