@@ -77,6 +77,9 @@ class SyntheticSource:
             values = tensor.dequantize() if isinstance(tensor, Int4Matrix) else tensor
             yield name, torch.from_numpy(values).bfloat16()
 
+    def largest_trunk_bytes(self) -> int:
+        return max(self.skeleton.full_state[name].nbytes for name in self.skeleton.trunk_names())
+
     def packable(self) -> set[str]:
         return packable_names(self.skeleton)
 

@@ -14,11 +14,10 @@ from .progress import StageProgress
 
 
 def convert_checkpoint(source: str, dest: Path, **options: Any) -> Path:
-    """`pocketmoe.offload.convert` of a checkpoint directory, imported late because it brings torch."""
-    from ..offload.checkpoint import CheckpointSource
-    from ..offload.convert import convert
+    """`pocketmoe.offload.loading.convert_checkpoint`, imported late because `--help` needs none of it."""
+    from ..offload.loading import convert_checkpoint
 
-    return convert(CheckpointSource(Path(source), options["on_notice"]), dest, **options)
+    return convert_checkpoint(source, dest, **options)
 
 
 def verify_store(path: Path, **options: Any) -> list[str]:

@@ -7,17 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+from ..offload.config import OffloadConfig
 from .chat import chat
 from .options import LoadOptions, SamplingOptions, StatsOption, SystemOption
 from .progress import StageProgress
 from .run import JsonOption, run
 
 
-def build_demo_store(**options: Any) -> Path:
-    """`pocketmoe.offload.demo.build_demo`, imported late because it brings torch."""
-    from ..offload.demo import build_demo
+def find_demo_store(**options: Any) -> Path:
+    """`pocketmoe.offload.demo_store.find_demo_store`, imported late because `--help` needs none of it."""
+    from ..offload.demo_store import find_demo_store
 
-    return build_demo(**options)
+    return find_demo_store(**options)
 
 
 def demo(
@@ -32,8 +33,9 @@ def demo(
     ] = None,
 ) -> None:
     """Chat with the demo model, which is built on first use."""
+    ram = OffloadConfig.of(ram=load.ram).ram
     with StageProgress() as progress:
-        store = build_demo_store(wheel=wheel, on_progress=progress.update, on_notice=progress.notice)
+        store = find_demo_store(wheel=wheel, ram=ram, on_progress=progress.update, on_notice=progress.notice)
     if prompt is None and not json:
         chat(str(store), load, sampling, system, stats)
     run(str(store), load, sampling, prompt, system, json=json, stats=stats)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def load_model(path: str, **options: Any) -> Model:
-    """`pocketmoe.offload.load`, imported late because it brings torch."""
-    from ..offload.model import load
+    """`pocketmoe.offload.load`, imported late because `--help` needs none of it."""
+    from ..offload.loading import load
 
     return load(path, **options)
 

@@ -6,17 +6,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import OffloadConfig
-    from .model import Model, load
+    from .loading import load
+    from .model import Model
 
 __all__ = ["Model", "OffloadConfig", "load"]
 
 
 def __getattr__(name: str):
     # Late, so that `import pocketmoe.offload` costs no torch until something is used.
-    if name in ("Model", "load"):
-        from . import model
+    if name == "load":
+        from .loading import load
 
-        return getattr(model, name)
+        return load
+    if name == "Model":
+        from .model import Model
+
+        return Model
     if name == "OffloadConfig":
         from .config import OffloadConfig
 

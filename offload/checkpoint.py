@@ -70,6 +70,9 @@ class CheckpointSource:
     def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self._keys.trunk()
 
+    def largest_trunk_bytes(self) -> int:
+        return self._keys.largest_trunk_bytes()
+
     def packable(self) -> set[str]:
         return packable_names(self.skeleton)
 

@@ -9,6 +9,10 @@ from ..cache.units import parse_bytes
 from .errors import UsageError, require_known
 
 IO_MODES = ("direct", "mmap", "buffered")
+KEEP = "keep"
+"""Trunk format: as it ships."""
+DEFAULT_TRUNK = "int8-g32"
+_LOSSLESS_CODECS = ("bf16", "f16", "f32")
 KERNELS = ("auto", "native", "torch")
 
 
@@ -60,3 +64,8 @@ class OffloadConfig:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a positive whole number, not {value!r}")
         return config
+
+
+def default_trunk(codec: str) -> str:
+    """The trunk format that goes with a codec: lossless experts keep a lossless trunk."""
+    return KEEP if codec in _LOSSLESS_CODECS else DEFAULT_TRUNK

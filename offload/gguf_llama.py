@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .errors import DataError
+from .memory import return_freed_memory
 
 _LAYER_TENSORS = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -44,6 +46,16 @@ def unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, rows // heads // 2, 2, cols).transpose(1, 2).reshape(rows, cols).contiguous()
 
 
+class _Place(NamedTuple):
+    """Where a tensor lies in the file. `stored` is the shape and `dtype` the type of its encoded bytes."""
+
+    kind: Any
+    shape: tuple[int, ...]
+    stored: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+
+
 class GgufLlama:
     """The weights, hyperparameters and tokenizer of a GGUF file of architecture `llama` with tied embeddings.
 
@@ -55,11 +67,24 @@ class GgufLlama:
         from gguf import GGUFReader
 
         try:
-            self._reader = GGUFReader(path)
+            reader = GGUFReader(path)
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise DataError(f"{path} cannot be read as a GGUF file: {error}; download it again") from error
         self.path = path
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        # The reader holds several objects for every token, 170 MB in all, and maps the file: only its results are kept.
+        self._fields = {key: field.contents() for key, field in reader.fields.items()}
+        self._tensors = {
+            tensor.name: _Place(
+                tensor.tensor_type,
+                tuple(reversed(tensor.shape.tolist())),
+                tensor.data.shape,
+                tensor.data.dtype,
+                tensor.data_offset,
+            )
+            for tensor in reader.tensors
+        }
+        del reader
+        return_freed_memory()
         architecture = self._field("general.architecture")
         if architecture != "llama" or "output.weight" in self._tensors:
             raise DataError(
@@ -72,15 +97,14 @@ class GgufLlama:
         self.kv_heads: int = self._field("llama.attention.head_count_kv")
 
     def _field(self, key: str) -> Any:
-        field = self._reader.fields.get(key)
-        if field is None:
+        if key not in self._fields:
             raise DataError(f"{self.path} has no GGUF field {key}; it is not the file that the demo is made from")
-        return field.contents()
+        return self._fields[key]
 
     def config(self) -> dict[str, Any]:
         """The entries that transformers' LlamaConfig and MixtralConfig share."""
         return {
-            "vocab_size": self._tensors["token_embd.weight"].shape[1].item(),
+            "vocab_size": self._tensors["token_embd.weight"].shape[0],
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
@@ -128,15 +152,17 @@ class GgufLlama:
     def _read(self, name: str) -> torch.Tensor:
         from gguf.quants import dequantize
 
-        tensor = self._tensors.get(name)
-        if tensor is None:
+        place = self._tensors.get(name)
+        if place is None:
             raise DataError(f"{self.path} has no tensor {name}; it is not the file that the demo is made from")
-        shape = tuple(reversed(tensor.shape.tolist()))
-        values = torch.empty(shape, dtype=torch.float32)
+        values = torch.empty(place.shape, dtype=torch.float32)
+        row = prod(place.stored[1:])
         # A few rows at a time: dequantising the embedding at once would take three times its float32 size.
-        for start in range(0, shape[0], _ROWS):
-            part = dequantize(tensor.data[start : start + _ROWS], tensor.tensor_type)
-            values[start : start + _ROWS] = torch.from_numpy(np.array(part, dtype=np.float32))
+        with open(self.path, "rb") as file:
+            file.seek(place.offset)
+            for part in values.split(_ROWS):
+                data = np.fromfile(file, place.dtype, len(part) * row).reshape(-1, *place.stored[1:])
+                part[:] = torch.from_numpy(np.array(dequantize(data, place.kind), dtype=np.float32))
         return values
 
     def token_id(self, token: str) -> int:

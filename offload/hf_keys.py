@@ -119,6 +119,15 @@ class KeyMap:
                     self._check_shape(full_name, tuple(tensor.shape))
                     yield full_name, tensor.to(self.skeleton.dtypes[full_name])
 
+    def largest_trunk_bytes(self) -> int:
+        """Bytes of the largest trunk parameter as it is read, and again where it changes its dtype or is converted."""
+        sizes = []
+        for name, target in self._trunk.items():
+            read = sum(entry.nbytes for found in target.sources.values() for entry in found)
+            made = self.skeleton.full_state[name].numel() * self.skeleton.dtypes[name].itemsize
+            sizes.append(read if target.converter is None and read == made else read + made)
+        return max(sizes, default=0)
+
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         want = tuple(self.skeleton.full_state[name].shape)
         if shape != want:

@@ -1,19 +1,23 @@
-"""The store's manifest, `pocketmoe.json`: what the files are, how a record is laid out, and every checksum."""
+"""The store's manifest, `pocketmoe.json`: what the files are, how a record is laid out, and every checksum.
+
+What a record's bytes mean is imported late: to tell a finished store from anything else takes no torch.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from ..quant.codecs import Codec, ExpertShape, RecordLayout, get_codec, record_layout
-from ..quant.linear import matrix_format
 from .errors import DataError
-from .packing import PackedEntry
 from .source import MoeLayer
+
+if TYPE_CHECKING:
+    from ..quant.codecs import Codec, RecordLayout
+    from .packing import PackedEntry
 
 MANIFEST = "pocketmoe.json"
 TRUNK = "trunk.safetensors"
@@ -55,6 +59,8 @@ class Manifest:
 
     def codec_and_layouts(self) -> tuple[Codec, list[RecordLayout]]:
         """The codec and each layer's record layout."""
+        from ..quant.codecs import get_codec, record_layout
+
         codec = get_codec(self.codec)
         return codec, [record_layout(codec, layer.shape) for layer in self.layers]
 
@@ -82,24 +88,10 @@ class Manifest:
         Raises:
             DataError: not a store, an unfinished or damaged one, or one of another version.
         """
-        file = path / MANIFEST
-        try:
-            raw = file.read_bytes()
-            body = json.loads(raw.decode("utf-8"))
-        except FileNotFoundError:
-            raise DataError(f"{path} is not a pocketmoe store (it has no {MANIFEST})") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"{file} is damaged ({error}); convert the checkpoint again") from None
-        if not isinstance(body, dict) or body.get("format") != FORMAT:
-            raise DataError(f"{file} is not the manifest of a pocketmoe store")
-        if body.get("version") != VERSION:
-            raise DataError(
-                f"{path} is a store of version {body.get('version')!r}, this program reads version {VERSION}; "
-                "convert the checkpoint again"
-            )
-        text, separator, _ = raw.rpartition(_CLOSING)
-        if not separator or raw != text + _closing(text):
-            raise DataError(f"{file} is damaged: its checksum is wrong; convert the checkpoint again")
+        from ..quant.codecs import ExpertShape
+        from .packing import PackedEntry
+
+        file, body = path / MANIFEST, _read_body(path)
         try:
             layers = [
                 MoeLayer(
@@ -137,6 +129,8 @@ class Manifest:
         return manifest
 
     def _check(self) -> None:
+        from ..quant.linear import matrix_format
+
         for layer in self.layers:
             if min(*layer.shape[:2], layer.top_k) < 1 or layer.num_experts < layer.top_k:
                 raise ValueError(f"layer {layer}")
@@ -158,6 +152,40 @@ class Manifest:
         for name in self.file_checksums:
             if not _is_plain(name):
                 raise ValueError(f"file name {name!r}")
+
+
+def is_store(path: Path) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """What a store was made from, as `convert` has entered it. Raises DataError as `Manifest.read` does."""
+    extra = _read_body(path).get("extra")
+    identity = extra.get("identity") if isinstance(extra, dict) else None
+    return identity if isinstance(identity, dict) else {}
+
+
+def _read_body(path: Path) -> dict[str, Any]:
+    """The manifest of a store directory, its format, version and checksum verified."""
+    file = path / MANIFEST
+    try:
+        raw = file.read_bytes()
+        body = json.loads(raw.decode("utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is not a pocketmoe store (it has no {MANIFEST})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file} is damaged ({error}); convert the checkpoint again") from None
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise DataError(f"{file} is not the manifest of a pocketmoe store")
+    if body.get("version") != VERSION:
+        raise DataError(
+            f"{path} is a store of version {body.get('version')!r}, this program reads version {VERSION}; "
+            "convert the checkpoint again"
+        )
+    text, separator, _ = raw.rpartition(_CLOSING)
+    if not separator or raw != text + _closing(text):
+        raise DataError(f"{file} is damaged: its checksum is wrong; convert the checkpoint again")
+    return body
 
 
 _CLOSING = b',\n "checksum": "'

@@ -62,6 +62,11 @@ def return_freed_memory() -> None:
             trim(0)
 
 
+def left_for_child(ram: int | None) -> int | None:
+    """What a budget leaves to a child process; None when there is no budget."""
+    return None if ram is None else ram - resident_bytes()
+
+
 class Needs(NamedTuple):
     """What a model asks for, in bytes unless said otherwise."""
 

@@ -1,127 +1,36 @@
-"""`load` puts the parts together; `Model` is what callers hold."""
+"""`Model` puts the parts together and is what callers hold."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
-import xxhash
 
 from ..cache.manager import ExpertCache
 from ..cache.policy import get_policy
 from ..cache.stats import RunStats
 from . import hf, memory
 from .chat import Conversation
-from .checkpoint import CheckpointSource
 from .config import OffloadConfig
-from .convert import convert, default_trunk
 from .errors import DataError, UsageError
 from .experts import make_kernels, open_pool
 from .generate import Chunk, Completion, Sequence, stream_answer
 from .hf_layers import FAMILIES
 from .lean import make_lean_decoder
-from .manifest import Manifest
 from .predictor import RouterPredictor
 from .prefetch import NoPrefetch, Prefetcher
 from .runtime import ExpertRuntime
 from .sampling import read_generation_config
 from .source import OnNotice, OnProgress
-from .store import ExpertStore, is_store
+from .store import ExpertStore
 from .tiers import RamSlots
 from .transfer import ThreadedTransfers
 from .trunk import load_packed_trunk, trunk_bytes
 from .workspace import Workspace
 
 DEFAULT_CONTEXT = 4096
-DEFAULT_CODEC = "int4-g32"
-
-
-def load(
-    path: str | Path,
-    *,
-    codec: str | None = None,
-    trunk: str | None = None,
-    on_progress: OnProgress | None = None,
-    on_notice: OnNotice | None = None,
-    **options: Any,
-) -> Model:
-    """Load a model whose experts may be larger than memory.
-
-    Args:
-        path: a store, a checkpoint directory (converted into the user's cache folder on first use), or the id of a
-            repository in the local Hugging Face cache.
-        codec: record format for a conversion, "int4-g32" by default.
-        trunk: format of the large trunk matrices for a conversion, "int8-g32" by default; "keep" leaves them.
-        on_progress: called with `Progress` during long steps.
-        on_notice: called with a sentence whenever something is chosen or falls back.
-        options: fields of `OffloadConfig`, such as `ram="4GB"`, `context=8192`.
-
-    Raises:
-        UsageError, DataError, MemoryBudgetError: each with one sentence for the user.
-    """
-    config = OffloadConfig.of(**options)
-    notice = on_notice or (lambda _: None)
-    store_path = find_store(path, codec, on_progress, notice, trunk)
-    return Model(store_path, config, on_progress, notice)
-
-
-def find_store(
-    path: str | Path,
-    codec: str | None = None,
-    on_progress: OnProgress | None = None,
-    on_notice: OnNotice | None = None,
-    trunk: str | None = None,
-) -> Path:
-    """The store for a path or cached hub id; converts a checkpoint first if it has none yet."""
-    local = Path(path).expanduser()
-    if not local.exists():
-        local = _hub_snapshot(str(path))
-    if is_store(local):
-        return local
-    codec, trunk = codec or DEFAULT_CODEC, trunk or default_trunk(codec or DEFAULT_CODEC)
-    resolved = local.resolve()
-    name = "--".join(resolved.parts[-3:] if resolved.parent.name == "snapshots" else resolved.parts[-1:])
-    digest = xxhash.xxh3_64_hexdigest(str(resolved).encode())[:8]  # tells directories of the same name apart
-    dest = platformdirs.user_cache_path("pocketmoe") / "stores" / f"{name}-{digest}-{codec}-trunk-{trunk}"
-    notice = on_notice or (lambda _: None)
-    if is_store(dest):
-        obstacle = _out_of_date(dest, local)
-        if obstacle is None:
-            return dest
-        notice(f"{obstacle}; converting {local} again")
-        shutil.rmtree(dest)
-    notice(f"converting {local} to {codec} in {dest}, once")
-    return convert(CheckpointSource(local, on_notice), dest, codec, on_progress, on_notice, trunk)
-
-
-def _out_of_date(store: Path, checkpoint: Path) -> str | None:
-    """Why a store in the cache cannot stand for its checkpoint any more; None when it can."""
-    try:
-        identity = Manifest.read(store).extra.get("identity", {})
-    except DataError as error:
-        return str(error).partition(";")[0]
-    for name, size, mtime in identity.get("files", []):
-        try:
-            stat = (checkpoint / name).stat()
-        except OSError:
-            continue  # the store outlives its source
-        if (stat.st_size, stat.st_mtime_ns) != (size, mtime):
-            return f"{checkpoint / name} has changed since it was converted"
-    return None
-
-
-def _hub_snapshot(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        raise DataError(f"{name} is neither a directory nor a model in the local Hugging Face cache") from None
 
 
 class Model:
@@ -161,7 +70,7 @@ class Model:
         context = config.context or min(longest, DEFAULT_CONTEXT)
         if context > longest:
             raise UsageError(f"context {context:,} is more than the {longest:,} tokens that this model was made for")
-        memory.return_freed_memory()  # a conversion in this process may have left some
+        memory.return_freed_memory()  # this process may have done other work before
         self._workspace = Workspace.of(skeleton, pool is not None, skeleton.config.model_type in FAMILIES)
         needs = memory.Needs(
             program=memory.resident_bytes(),

@@ -7,14 +7,16 @@ and in memory, and run on the same kernels as the experts. Routers, norms and sm
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from ..quant.linear import PackedMatrix, matrix_format
 from .errors import DataError
-from .hf import Skeleton
+
+if TYPE_CHECKING:  # packing itself does without transformers, which is a good part of a conversion's memory
+    from .hf import Skeleton
 
 SMALLEST = 1 << 16
 """Matrices of fewer weights stay as they are: they cost nothing, and some are sensitive."""

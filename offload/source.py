@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
+if TYPE_CHECKING:  # progress and notices are wanted where torch is not loaded
+    import torch
 
-from ..quant.codecs import ExpertShape
+    from ..quant.codecs import ExpertShape
 
 
 class Progress(NamedTuple):
@@ -53,6 +54,10 @@ class Source(Protocol):
 
     def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Everything that is not a routed expert, under transformers' parameter names, one tensor at a time."""
+        ...
+
+    def largest_trunk_bytes(self) -> int:
+        """What the trunk tensor that takes most memory takes while `trunk` makes it."""
         ...
 
     def packable(self) -> set[str]:

@@ -22,7 +22,7 @@ import xxhash
 from ..cache.expert import ExpertId
 from .convert import TRUNK_HEADER, expert_file_header, file_checksum
 from .errors import DataError
-from .manifest import MANIFEST, TRUNK, ExpertFile, Manifest
+from .manifest import TRUNK, ExpertFile, Manifest
 from .source import OnNotice, OnProgress, Progress
 from .tensorfile import TensorEntry, read_header
 
@@ -248,7 +248,3 @@ def _is_unchanged(path: Path, manifest: Manifest) -> bool:
         return file_checksum(path) == manifest.file_checksums[path.name]
     except OSError:
         return False
-
-
-def is_store(path: Path) -> bool:
-    return (Path(path) / MANIFEST).is_file()

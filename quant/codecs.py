@@ -68,7 +68,7 @@ class Codec(Protocol):
         ...
 
     def encode_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """A matrix [out, in] as uint8 [part_nbytes]."""
+        """A matrix [out, in] as uint8 [part_nbytes]. Raises ValueError when it is not finite in this format."""
         ...
 
     def decode_matrix(self, data: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -91,7 +91,7 @@ class Int4Codec:
         return self.fmt.nbytes(*shape) if len(shape) == 2 else shape[0] * 4
 
     def encode_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return int4.pack(*int4.quantize(weight, self.fmt), self.fmt)
+        return torch.cat([int4.pack(*int4.quantize(part, self.fmt), self.fmt) for part in int4.row_pieces(weight)])
 
     def decode_matrix(self, data: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         return int4.dequantize(data, *shape, self.fmt, dtype)
@@ -109,7 +109,10 @@ class RawCodec:
         return shape[0] * shape[1] * self.dtype.itemsize if len(shape) == 2 else shape[0] * 4
 
     def encode_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.to(self.dtype).contiguous().view(torch.uint8).reshape(-1)
+        kept = weight.to(self.dtype)
+        if not torch.isfinite(kept).all():
+            raise ValueError(f"matrix of shape {tuple(weight.shape)} holds NaN or infinity as {self.name}")
+        return kept.contiguous().view(torch.uint8).reshape(-1)
 
     def decode_matrix(self, data: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         return data.view(self.dtype).reshape(shape).to(dtype)

@@ -30,6 +30,7 @@ import torch
 ROW_BLOCK = 16
 ALIGNMENT = 64
 GROUPS = (32, 64, 128)
+_PIECE = 1 << 20  # weights
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -66,6 +67,11 @@ def finite_matrix(weight: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(w).all():
         raise ValueError(f"matrix of shape {tuple(weight.shape)} holds NaN or infinity")
     return w
+
+
+def row_pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A matrix cut into pieces of whole row blocks: quantising takes several times the memory of what it works on."""
+    return weight.split(max(1, _PIECE // (weight.shape[1] * ROW_BLOCK)) * ROW_BLOCK)
 
 
 def quantize(weight: torch.Tensor, fmt: Int4Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

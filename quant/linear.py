@@ -12,7 +12,6 @@ from .int4 import ROW_BLOCK, Int4Format, round_up
 from .int8 import Int8Format
 from .native import NativeMatrix, NativePool
 
-_PACK_ROWS = 128 * ROW_BLOCK
 MatrixFormat = Int4Format | Int8Format
 _FORMATS: dict[str, MatrixFormat] = {
     **{f"int8-g{group}": Int8Format(group) for group in int4.GROUPS},
@@ -45,7 +44,7 @@ class PackedMatrix(NamedTuple):
         """Quantise a matrix. Raises ValueError when it is not finite."""
         rows, cols = weight.shape
         data, done = torch.empty(fmt.nbytes(rows, cols), dtype=torch.uint8), 0
-        for part in weight.split(_PACK_ROWS):  # by rows, because quantising takes several times the matrix's memory
+        for part in int4.row_pieces(weight):
             if isinstance(fmt, Int8Format):
                 packed = int8.pack(*int8.quantize(part, fmt), fmt)
             else:

@@ -59,6 +59,9 @@ class FakeSource:
         yield "nothing", torch.zeros(0, 3)
         yield "norm.weight", torch.randn(HIDDEN, generator=generator).bfloat16()
 
+    def largest_trunk_bytes(self) -> int:
+        return 50 * HIDDEN * self.dtype.itemsize
+
     def packable(self) -> set[str]:
         return {"embed.weight"}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 from pocketmoe.offload.errors import DataError, UsageError
-from pocketmoe.offload.model import load
+from pocketmoe.offload.loading import load
 
 GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 6}
 

@@ -210,7 +210,7 @@ def test_the_demo_is_built_then_answers_once_or_chats(models, monkeypatch):
         options["on_notice"]("building")
         return Path("demo-store")
 
-    monkeypatch.setattr(demo_command, "build_demo_store", build)
+    monkeypatch.setattr(demo_command, "find_demo_store", build)
     assert invoke("demo", "--prompt", "hi you", "--ram", "1GB").stdout == "hi you\n"
     assert (models[0].path, models[0].options["ram"]) == ("demo-store", "1GB")
     assert invoke("demo", stdin="one\ntwo\n").stdout == "one\ntwo\n"

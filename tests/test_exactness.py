@@ -12,7 +12,7 @@ from pocketmoe.cache.policy import policy_names
 from pocketmoe.offload import hf
 from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.convert import convert
-from pocketmoe.offload.model import load
+from pocketmoe.offload.loading import load
 from pocketmoe.offload.store import ExpertStore
 from pocketmoe.quant.codecs import decode_expert
 

@@ -7,7 +7,8 @@ import tiny
 import torch
 from pocketmoe.offload.errors import DataError, UsageError
 from pocketmoe.offload.generate import Sequence, TextStream
-from pocketmoe.offload.model import Model, load
+from pocketmoe.offload.loading import load
+from pocketmoe.offload.model import Model
 from pocketmoe.offload.sampling import Sampler, Sampling, read_generation_config
 
 

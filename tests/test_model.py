@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 from pocketmoe.offload.errors import DataError, MemoryBudgetError, UsageError
+from pocketmoe.offload.loading import find_store, load
 from pocketmoe.offload.manifest import MANIFEST
-from pocketmoe.offload.model import find_store, load
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from pocketmoe.cache.expert import ExpertId
 from pocketmoe.offload import convert as convert_module
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DataError
-from pocketmoe.offload.manifest import TRUNK, Manifest
-from pocketmoe.offload.store import ExpertStore, is_store
+from pocketmoe.offload.manifest import TRUNK, Manifest, is_store
+from pocketmoe.offload.store import ExpertStore
 from pocketmoe.quant.codecs import ExpertShape
 
 EXPERTS = [ExpertId(layer, index) for layer in range(2) for index in range(4)]

@@ -8,7 +8,7 @@ import torch
 from pocketmoe.offload import packing
 from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.convert import convert
-from pocketmoe.offload.model import load
+from pocketmoe.offload.loading import load
 from pocketmoe.offload.store import ExpertStore
 from pocketmoe.quant.linear import (
     PackedMatrix,

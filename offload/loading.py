@@ -1,0 +1,136 @@
+"""`load`: from what a user names to a model, converting it on first use.
+
+Nothing here imports torch before the store is there: a conversion runs in a process of its own, and until it is over
+this one stays small.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+import xxhash
+
+from .apart import run_apart
+from .config import OffloadConfig, default_trunk
+from .errors import DataError
+from .manifest import is_store, read_identity
+from .memory import left_for_child
+from .source import OnNotice, OnProgress
+
+if TYPE_CHECKING:
+    from .model import Model
+
+DEFAULT_CODEC = "int4-g32"
+
+
+def load(
+    path: str | Path,
+    *,
+    codec: str | None = None,
+    trunk: str | None = None,
+    on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
+    **options: Any,
+) -> Model:
+    """Load a model whose experts may be larger than memory.
+
+    Args:
+        path: a store, a checkpoint directory (converted into the user's cache folder on first use), or the id of a
+            repository in the local Hugging Face cache.
+        codec: record format for a conversion, "int4-g32" by default.
+        trunk: format of the large trunk matrices for a conversion, "int8-g32" by default; "keep" leaves them.
+        on_progress: called with `Progress` during long steps.
+        on_notice: called with a sentence whenever something is chosen or falls back.
+        options: fields of `OffloadConfig`, such as `ram="4GB"`, `context=8192`.
+
+    Raises:
+        UsageError, DataError, MemoryBudgetError: each with one sentence for the user.
+    """
+    config = OffloadConfig.of(**options)
+    notice = on_notice or (lambda _: None)
+    store = find_store(path, codec, on_progress, notice, trunk, config.ram)
+    from .model import Model
+
+    return Model(store, config, on_progress, notice)
+
+
+def find_store(
+    path: str | Path,
+    codec: str | None = None,
+    on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
+    trunk: str | None = None,
+    ram: int | None = None,
+) -> Path:
+    """The store for a path or cached hub id; converts a checkpoint first, in another process, if it has none yet.
+
+    Args:
+        ram: bytes that this process and the conversion's may take together.
+    """
+    local = Path(path).expanduser()
+    if not local.exists():
+        local = _hub_snapshot(str(path))
+    if is_store(local):
+        return local
+    codec = codec or DEFAULT_CODEC
+    trunk = trunk or default_trunk(codec)
+    resolved = local.resolve()
+    name = "--".join(resolved.parts[-3:] if resolved.parent.name == "snapshots" else resolved.parts[-1:])
+    digest = xxhash.xxh3_64_hexdigest(str(resolved).encode())[:8]  # tells directories of the same name apart
+    dest = platformdirs.user_cache_path("pocketmoe") / "stores" / f"{name}-{digest}-{codec}-trunk-{trunk}"
+    notice = on_notice or (lambda _: None)
+    if is_store(dest):
+        obstacle = _out_of_date(dest, local)
+        if obstacle is None:
+            return dest
+        notice(f"{obstacle}; converting {local} again")
+        shutil.rmtree(dest)
+    notice(f"converting {local} to {codec} in {dest}, once")
+    request = {"path": str(local), "dest": str(dest), "codec": codec, "trunk": trunk, "ram": left_for_child(ram)}
+    return Path(run_apart(f"{__name__}:convert_checkpoint", request, on_progress, on_notice))
+
+
+def convert_checkpoint(
+    path: str | Path,
+    dest: str | Path,
+    codec: str,
+    trunk: str | None = None,
+    ram: int | None = None,
+    on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
+) -> Path:
+    """`convert` of a checkpoint directory, in this process."""
+    from .checkpoint import CheckpointSource
+    from .convert import convert
+
+    source = CheckpointSource(Path(path), on_notice)
+    return convert(source, Path(dest), codec, on_progress, on_notice, trunk, ram)
+
+
+def _out_of_date(store: Path, checkpoint: Path) -> str | None:
+    """Why a store in the cache cannot stand for its checkpoint any more; None when it can."""
+    try:
+        identity = read_identity(store)
+    except DataError as error:
+        return str(error).partition(";")[0]
+    for name, size, mtime in identity.get("files", []):
+        try:
+            stat = (checkpoint / name).stat()
+        except OSError:
+            continue  # the store outlives its source
+        if (stat.st_size, stat.st_mtime_ns) != (size, mtime):
+            return f"{checkpoint / name} has changed since it was converted"
+    return None
+
+
+def _hub_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise DataError(f"{name} is neither a directory nor a model in the local Hugging Face cache") from None
