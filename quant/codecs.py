@@ -110,7 +110,7 @@ class RawCodec:
 
     def encode_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         kept = weight.to(self.dtype)
-        if not torch.isfinite(kept).all():
+        if not int4.is_finite(kept):
             raise ValueError(f"matrix of shape {tuple(weight.shape)} holds NaN or infinity as {self.name}")
         return kept.contiguous().view(torch.uint8).reshape(-1)
 
