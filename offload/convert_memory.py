@@ -34,5 +34,5 @@ def require_memory(source: Source, trunk: str, ram: int) -> None:
         raise MemoryBudgetError(
             f"converting {source.name} takes about {size(needed)} (program {size(program + OTHERS)}, the largest trunk "
             f"tensor {size(largest)} or one expert {size(expert)}), but the budget leaves {size(ram)} for it; give it "
-            f"{size(needed - ram)} more, or convert it once without a budget (pocketmoe convert)"
+            f"{size(needed - ram)} more, or have it converted once without a budget"
         )
