@@ -12,7 +12,7 @@ from pocketmoe.offload import hf_layers, lean
 from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.kv_cache import FullLayer, WindowLayer, new_kv_cache
-from pocketmoe.offload.model import load
+from pocketmoe.offload.loading import load
 from pocketmoe.offload.store import ExpertStore
 from pocketmoe.quant.native import load_native
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
