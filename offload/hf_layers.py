@@ -13,11 +13,51 @@ from torch import nn
 
 from ..quant.activations import Activation, apply
 from ..quant.linear import QuantLinear
-from ..quant.native_step import Norm, Router
+from ..quant.native_step import Norm, Rotation, Router
 from .hf import MoeSite, Skeleton
 
-FAMILIES = ("glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+FAMILIES = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+)
 """Model types whose decoder layers are compared with transformers' own in the tests."""
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """Attention whose keys and values are cached per head."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    query_norm: Norm | None
+    key_norm: Norm | None
+    sinks: torch.Tensor | None
+    head_dim: int
+    clip: float
+
+
+@dataclass(frozen=True)
+class LatentParts:
+    """Multi-head latent attention."""
+
+    query_down: nn.Module | None
+    query_norm: Norm | None
+    query: nn.Module
+    latent_down: nn.Module
+    latent_norm: Norm
+    key_value_up: nn.Module
+    """[heads * (plain + value_dim), latent]"""
+    heads: int
+    plain: int
+    """Width of a head's queries and keys that is not turned."""
+    rotation: Rotation
 
 
 @dataclass(frozen=True)
@@ -35,18 +75,11 @@ class MlpParts:
 class LayerParts:
     """One decoder layer."""
 
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
+    attention: AttentionParts | LatentParts
     output: nn.Module
+    scaling: float
     input_norm: Norm
     output_norm: Norm
-    query_norm: Norm | None
-    key_norm: Norm | None
-    sinks: torch.Tensor | None
-    head_dim: int
-    scaling: float
-    clip: float
     site: MoeSite | None
     """The layer's routed experts; None where a dense block follows."""
     router: Router | None
@@ -75,32 +108,54 @@ def read_decoder(skeleton: Skeleton) -> DecoderParts | None:
     base: Any = skeleton.model.base_model
     head: Any = skeleton.model.get_output_embeddings()
     sites = {id(site.experts): site for site in skeleton.sites}
-    clip = getattr(config, "clip_qkv", None) or 0.0
-    layers = [_read_layer(layer, sites, clip) for layer in base.layers]
+    layers = [_read_layer(layer, sites, config) for layer in base.layers]
     return DecoderParts(base.embed_tokens, base.rotary_emb, layers, base.norm, head)
 
 
-def _read_layer(layer: Any, sites: dict[int, MoeSite], clip: float) -> LayerParts:
+def _read_layer(layer: Any, sites: dict[int, MoeSite], config: Any) -> LayerParts:
     attention, block = layer.self_attn, layer.mlp
     site = sites.get(id(getattr(block, "experts", None)))
     dense = block if site is None else getattr(block, "shared_experts", getattr(block, "shared_expert", None))
     share = getattr(block, "shared_expert_gate", None)
     return LayerParts(
-        query=attention.q_proj,
-        key=attention.k_proj,
-        value=attention.v_proj,
+        attention=(_latent if hasattr(attention, "kv_b_proj") else _attention)(attention, config),
         output=attention.o_proj,
+        scaling=attention.scaling,
         input_norm=_norm(layer.input_layernorm),
         output_norm=_norm(layer.post_attention_layernorm),
-        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        sinks=getattr(attention, "sinks", None),
-        head_dim=attention.head_dim,
-        scaling=attention.scaling,
-        clip=clip,
         site=site,
         router=None if site is None else _router(site.router),
         mlp=None if dense is None else _mlp(dense, share),
+    )
+
+
+def _attention(module: Any, config: Any) -> AttentionParts:
+    return AttentionParts(
+        query=module.q_proj,
+        key=module.k_proj,
+        value=module.v_proj,
+        query_norm=_norm(module.q_norm) if hasattr(module, "q_norm") else None,
+        key_norm=_norm(module.k_norm) if hasattr(module, "k_norm") else None,
+        sinks=getattr(module, "sinks", None),
+        head_dim=module.head_dim,
+        clip=getattr(config, "clip_qkv", None) or 0.0,
+    )
+
+
+def _latent(module: Any, config: Any) -> LatentParts:
+    rotation = Rotation.INTERLEAVED
+    if hasattr(config, "rope_interleave"):
+        rotation = Rotation.SORTED if config.rope_interleave else Rotation.HALVES
+    return LatentParts(
+        query_down=module.q_a_proj,
+        query_norm=None if module.q_a_proj is None else _norm(module.q_a_layernorm),
+        query=module.q_proj if module.q_a_proj is None else module.q_b_proj,
+        latent_down=module.kv_a_proj_with_mqa,
+        latent_norm=_norm(module.kv_a_layernorm),
+        key_value_up=module.kv_b_proj,
+        heads=module.num_heads,
+        plain=module.qk_nope_head_dim,
+        rotation=rotation,
     )
 
 
@@ -110,6 +165,7 @@ def _norm(module: Any) -> Norm:
 
 def _router(module: Any) -> Router:
     correction = getattr(module, "e_score_correction_bias", None)
+    method = getattr(module, "topk_method", "")  # deepseek_v2's
     return Router(
         weight=module.weight,
         top_k=module.top_k,
@@ -117,9 +173,10 @@ def _router(module: Any) -> Router:
         correction=correction,
         sigmoid=correction is not None,
         # Where nothing is said, weights are a softmax over the chosen alone, which is the same as normalising.
-        normalize=getattr(module, "norm_topk_prob", True),
-        groups=getattr(module, "num_group", 0),
+        normalize=getattr(module, "norm_topk_prob", not method),
+        groups=0 if method == "greedy" else getattr(module, "num_group", 0),
         top_groups=getattr(module, "topk_group", 0),
+        group_best=1 if method else 2,
         scale=getattr(module, "routed_scaling_factor", 1.0),
     )
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..quant.linear import QuantLinear
-from ..quant.native import FLOAT32, Matrix, NativePool
-from ..quant.native_step import NativeAttention, NativeMlp, Norm, Router, Token
+from ..quant.int8 import Int8Format
+from ..quant.linear import PackedMatrix, QuantLinear
+from ..quant.native import FLOAT32, Matrix, NativeMatrix, NativePool
+from ..quant.native_step import Ends, NativeAttention, NativeLatentAttention, NativeMlp, Norm, Router, Token
 from .hf import Skeleton
-from .hf_layers import DecoderParts, LayerParts, read_decoder
+from .hf_layers import AttentionParts, DecoderParts, LatentParts, LayerParts, read_decoder
 from .kv_cache import allocates_ahead, new_kv_cache
 from .runtime import Assignment, ExpertRuntime
 
@@ -39,10 +40,10 @@ class LeanDecoder:
     def __init__(self, parts: DecoderParts, pool: NativePool, runtime: ExpertRuntime, predict: bool) -> None:
         self._parts, self._pool, self._runtime = parts, pool, runtime
         hidden = parts.norm.weight.shape[0]
-        cosine, _ = parts.rotary(torch.zeros(1, 1, hidden), torch.tensor([[3]]))
+        cosine, _ = _angles(parts.rotary, torch.zeros(1, 1, hidden), 3)
         width = cosine.shape[-1]
         # Most families give each angle twice, once for either half of a head.
-        self._pairs = width // 2 if torch.equal(cosine[..., : width // 2], cosine[..., width // 2 :]) else width
+        self.pairs = width // 2 if torch.equal(cosine[..., : width // 2], cosine[..., width // 2 :]) else width
         most = max(layer.router.top_k for layer in parts.layers if layer.router is not None)
         self._x, self._delta, self._normed = (torch.zeros(hidden) for _ in range(3))
         self._weights = torch.zeros(most)
@@ -62,7 +63,7 @@ class LeanDecoder:
         """The logits [vocabulary] after one more token, whose key and value are added to a cache that is in use."""
         parts, state = self._parts, self._token
         embedded = parts.embed(torch.tensor([[token]]))
-        cosine, sine = parts.rotary(embedded, torch.tensor([[position]]))
+        cosine, sine = _angles(parts.rotary, embedded, position)
         self._x.copy_(embedded.view(-1))
         state.cosine, state.sine, state.delta = cosine.data_ptr(), sine.data_ptr(), None
         for layer, cached in zip(self._layers, cache.layers, strict=True):
@@ -93,26 +94,11 @@ class _Layer:
         self._site = None if parts.site is None else parts.site.index
         self._k = 0 if parts.router is None else parts.router.top_k
         self._guessed = 0 if guess is None else guess[1].top_k
-        self._attention = NativeAttention(
-            pool,
-            query=_matrix(parts.query),
-            key=_matrix(parts.key),
-            value=_matrix(parts.value),
-            output=_matrix(parts.output),
-            input_norm=parts.input_norm,
-            output_norm=parts.output_norm,
-            query_norm=parts.query_norm,
-            key_norm=parts.key_norm,
-            sinks=parts.sinks,
-            router=parts.router,
-            guess=guess,
-            heads=_matrix(parts.query).rows // parts.head_dim,
-            kv_heads=_matrix(parts.key).rows // parts.head_dim,
-            head_dim=parts.head_dim,
-            rotary_pairs=decoder._pairs,
-            scaling=parts.scaling,
-            clip=parts.clip,
-        )
+        ends = Ends(_matrix(parts.output), parts.input_norm, parts.output_norm, parts.router, guess)
+        if isinstance(parts.attention, LatentParts):
+            self._attention = _latent_attention(pool, ends, parts.attention, parts.scaling, decoder.pairs)
+        else:
+            self._attention = _attention(pool, ends, parts.attention, parts.scaling, decoder.pairs)
         mlp = parts.mlp
         self._mlp = mlp and NativeMlp(
             pool, _matrix(mlp.gate), _matrix(mlp.up), _matrix(mlp.down), mlp.activation, mlp.share
@@ -130,6 +116,87 @@ class _Layer:
             self._pool.combine(outputs, self._places, self._weights, self._out)
         if self._mlp is not None:
             self._mlp.run(self._hidden, self._out, add=self._site is not None)
+
+
+def _angles(rotary: Any, like: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of a position, float32, contiguous; some families give them as complex numbers."""
+    angles = rotary(like, torch.tensor([[position]]))
+    cosine, sine = (angles.real, angles.imag) if torch.is_tensor(angles) else angles
+    return cosine.contiguous(), sine.contiguous()
+
+
+def _attention(pool: NativePool, ends: Ends, parts: AttentionParts, scaling: float, pairs: int) -> NativeAttention:
+    return NativeAttention(
+        pool,
+        ends,
+        query=_matrix(parts.query),
+        key=_matrix(parts.key),
+        value=_matrix(parts.value),
+        query_norm=parts.query_norm,
+        key_norm=parts.key_norm,
+        sinks=parts.sinks,
+        head_dim=parts.head_dim,
+        rotary_pairs=pairs,
+        scaling=scaling,
+        clip=parts.clip,
+    )
+
+
+def _latent_attention(
+    pool: NativePool, ends: Ends, parts: LatentParts, scaling: float, pairs: int
+) -> NativeLatentAttention:
+    # One matrix holds what makes keys and what makes values; keys are needed transposed, which a packed one cannot be.
+    up, packed = _weight(parts.key_value_up), isinstance(parts.key_value_up, QuantLinear)
+    heads = up.reshape(parts.heads, -1, up.shape[1])
+    key_up = _HeadMatrices.of(pool, heads[:, : parts.plain].transpose(1, 2), packed)
+    value_up = _HeadMatrices.of(pool, heads[:, parts.plain :], packed)
+    attention = NativeLatentAttention(
+        pool,
+        ends,
+        query_down=None if parts.query_down is None else _matrix(parts.query_down),
+        query_norm=parts.query_norm,
+        query=_matrix(parts.query),
+        latent_down=_matrix(parts.latent_down),
+        latent_norm=parts.latent_norm,
+        key_up=key_up.first,
+        key_up_stride=key_up.stride,
+        value_up=value_up.first,
+        value_up_stride=value_up.stride,
+        heads=parts.heads,
+        rotary_pairs=pairs,
+        rotation=parts.rotation,
+        scaling=scaling,
+    )
+    attention.keep(key_up, value_up)
+    return attention
+
+
+class _HeadMatrices(NamedTuple):
+    """One matrix for each head, in one block of memory."""
+
+    data: torch.Tensor
+    first: Matrix
+    stride: int
+
+    @classmethod
+    def of(cls, pool: NativePool, matrices: torch.Tensor, packed: bool) -> _HeadMatrices:
+        """matrices float32 [heads, rows, cols]; INT8 if `packed`."""
+        _, rows, cols = matrices.shape
+        if not packed:
+            data = matrices.contiguous()
+            first = Matrix(data=data.data_ptr(), rows=rows, cols=cols, format=FLOAT32)
+            return cls(data, first, rows * cols * 4)
+        fmt = Int8Format(32)
+        data = torch.stack([PackedMatrix.pack(matrix, fmt).data for matrix in matrices])
+        return cls(data, NativeMatrix(pool, data[0], rows, cols, fmt).spec, data.stride(0))
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    """The weights of a Linear, float32 [out, in]."""
+    if isinstance(module, QuantLinear):
+        return module.packed.dequantize()
+    assert isinstance(module, nn.Linear), module
+    return module.weight.detach()
 
 
 def _matrix(module: nn.Module) -> Matrix:

@@ -11,10 +11,11 @@ import torch
 from ..cache.manager import ExpertCache
 from ..cache.policy import get_policy
 from ..cache.stats import RunStats
+from ..quant.native import NativePool
 from . import hf, memory
 from .chat import Conversation
 from .config import OffloadConfig
-from .errors import DataError, UsageError
+from .errors import DataError, MemoryBudgetError, UsageError
 from .experts import make_kernels, open_pool
 from .generate import Chunk, Completion, Sequence, stream_answer
 from .hf_layers import FAMILIES
@@ -30,7 +31,10 @@ from .transfer import ThreadedTransfers
 from .trunk import load_packed_trunk, trunk_bytes
 from .workspace import Workspace
 
-DEFAULT_CONTEXT = 4096
+CONTEXTS = (4096, 3072, 2048, 1536, 1024)
+"""The largest of these that fits is the default context."""
+GROWTH = 32 << 20
+"""What libraries may still load after the first plan."""
 
 
 class Model:
@@ -66,24 +70,9 @@ class Model:
         self.sampling, self._ends = read_generation_config(self.path)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self._ends.add(self.tokenizer.eos_token_id)
-        longest = getattr(skeleton.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-        context = config.context or min(longest, DEFAULT_CONTEXT)
-        if context > longest:
-            raise UsageError(f"context {context:,} is more than the {longest:,} tokens that this model was made for")
-        memory.return_freed_memory()  # this process may have done other work before
         self._workspace = Workspace.of(skeleton, pool is not None, skeleton.config.model_type in FAMILIES)
-        needs = memory.Needs(
-            program=memory.resident_bytes(),
-            trunk=trunk_bytes(manifest, skeleton, pool),
-            kv=hf.measure_kv_bytes(skeleton, context, config.prefill_chunk),
-            workspace=self._workspace.bytes(min(config.prefill_chunk, context), context),
-            step=self._workspace.bytes(1, context),
-            record=store.record_bytes,
-            experts=manifest.num_experts,
-            floor=sum(layer.top_k for layer in manifest.layers),
-            context=context,
-        )
-        plan = memory.make_plan(needs, config.ram, config.slots)
+        plan = self._make_plan(skeleton, pool, config)
+        needs = plan.needs
         load_packed_trunk(skeleton, store, pool, on_progress)
         hf.find_router_norms(skeleton)  # also a first forward: libraries load what they need now, before we measure
         memory.return_freed_memory()
@@ -92,7 +81,7 @@ class Model:
         self.plan = plan
         self._step_threads = 1 if packed else None
         self.config = config
-        self.context = context
+        self.context = needs.context
         self.transformers_model: Any = skeleton.model
         self._closed = False
         layers = manifest.layers
@@ -124,6 +113,43 @@ class Model:
         self._hold_to_plan()
         self.transformers_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self.transformers_model.register_forward_hook(self._after_forward, always_call=True)
+
+    def _make_plan(self, skeleton: hf.Skeleton, pool: NativePool | None, config: OffloadConfig) -> memory.MemoryPlan:
+        """The first plan, before anything large is read, for the context that was asked for or the largest usual one
+        that the budget has room for."""
+        store, manifest = self._store, self._store.manifest
+        longest = getattr(skeleton.config, "max_position_embeddings", None) or CONTEXTS[0]
+        if config.context and config.context > longest:
+            raise UsageError(
+                f"context {config.context:,} is more than the {longest:,} tokens that this model was made for"
+            )
+        contexts = [config.context] if config.context else sorted({min(longest, c) for c in CONTEXTS}, reverse=True)
+        memory.return_freed_memory()  # this process may have done other work before
+        program, refusal = memory.resident_bytes(), None
+        for context in contexts:
+            needs = memory.Needs(
+                program=program,
+                trunk=trunk_bytes(manifest, skeleton, pool),
+                kv=hf.measure_kv_bytes(skeleton, context, config.prefill_chunk),
+                workspace=self._workspace.bytes(min(config.prefill_chunk, context), context),
+                step=self._workspace.bytes(1, context),
+                record=store.record_bytes,
+                experts=manifest.num_experts,
+                floor=sum(layer.top_k for layer in manifest.layers),
+                context=context,
+            )
+            try:
+                plan = memory.make_plan(needs, config.ram, config.slots)
+                if context != contexts[0]:  # not so close that what libraries load later would not fit
+                    memory.make_plan(needs._replace(program=program + GROWTH), config.ram, config.slots)
+            except MemoryBudgetError as error:
+                refusal = refusal or error
+                continue
+            if context != contexts[0]:
+                self._notice(f"the budget has room for a context of {context:,} tokens, not for {contexts[0]:,}")
+            return plan
+        assert refusal is not None
+        raise refusal
 
     # Text in, text out
 

@@ -39,6 +39,7 @@ _FUNCTIONS = {
     ),
     "pm_linear": ((_POINTER, _POINTER, _POINTER, _SIZE, _POINTER), _INT),
     "pm_attention": ((_POINTER, _POINTER, _POINTER), _INT),
+    "pm_latent_attention": ((_POINTER, _POINTER, _POINTER), _INT),
     "pm_mlp": ((_POINTER, _POINTER, _POINTER, _INT, _POINTER), _INT),
     "pm_combine": ((_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER), _INT),
     "pm_stream": ((_POINTER, _POINTER, _POINTER, _SIZE), ctypes.c_uint64),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from pocketmoe.offload import hf_layers, lean
+from pocketmoe.offload import hf_layers, lean, packing
 from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.kv_cache import FullLayer, WindowLayer, new_kv_cache
@@ -39,6 +39,23 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "partial_rotary_factor": 0.5, "attention_bias": True},
     ),
     "glm4_moe, scaled weights": ("glm4_moe", {"norm_topk_prob": False, "routed_scaling_factor": 2.5}),
+    "deepseek_v2, queries directly, chosen in groups": (
+        "deepseek_v2",
+        {"q_lora_rank": None, "topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0},
+    ),
+    "deepseek_v3, five heads, halves turned": ("deepseek_v3", {"num_attention_heads": 5, "rope_interleave": False}),
+    "deepseek_v3, yarn": (
+        "deepseek_v3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 1e4,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+            }
+        },
+    ),
     "gpt_oss, top-4": ("gpt_oss", {"num_experts_per_tok": 4}),
 }
 TOKENS = 36
@@ -196,3 +213,23 @@ def test_the_check_finds_no_difference_between_right_paths(variant):
     with load(path, ram="4GB", context=64) as model:
         assert model._lean is not None
         assert lean.check(model._lean, model.transformers_model, model._runtime) < 1e-5
+
+
+@needs_native
+@pytest.mark.parametrize("trunk", ["int8-g32", "int4-g64"])
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "gpt_oss", "qwen2_moe"])
+def test_steps_over_a_packed_trunk_are_as_near_to_the_plain_one_as_the_modules_are(tmp_path, monkeypatch, name, trunk):
+    """Both round weights and activations, not at the same places (latent attention goes another way altogether)."""
+    monkeypatch.setattr(packing, "SMALLEST", 0)
+    stock = tiny.make_checkpoint(tmp_path / "checkpoint", name)
+    randomise_vectors(stock)
+    stock.save_pretrained(tmp_path / "checkpoint")
+    path = convert(CheckpointSource(tmp_path / "checkpoint"), tmp_path / "store", "f32", trunk=trunk)
+    with torch.inference_mode():
+        exact = stock(torch.tensor([tokens()])).logits[0, 7:]
+    with load(path, ram="4GB", context=64) as model:
+        assert model._lean is not None
+        lean_error = (step_logits(model) - exact).square().mean().sqrt()
+        model._lean = None
+        modules_error = (step_logits(model) - exact).square().mean().sqrt()
+    assert lean_error < 1.25 * modules_error, (lean_error, modules_error, exact.std())

@@ -131,3 +131,20 @@ def test_when_the_process_grows_over_its_budget_slots_give_way(checkpoint, monke
         monkeypatch.undo()
         assert model.generate("hi", max_tokens=2).generated_tokens == 2
         model.check_integrity()
+
+
+def test_without_a_context_the_largest_usual_one_that_fits_is_taken_and_said(tmp_path):
+    tiny.make_checkpoint(tmp_path / "tiny", "qwen3_moe", max_position_embeddings=8192, head_dim=1024)
+    store = find_store(tmp_path / "tiny")
+    with load(store, ram="8GB", context=2048) as model:
+        needs = model.plan.needs
+    notices: list[str] = []
+    budget = needs.fixed + needs.floor * needs.record + 70_000_000
+    with load(store, ram=budget, on_notice=notices.append) as model:
+        assert model.context == 2048
+        assert model.new_sequence().context == 2048
+    assert any("2,048 tokens, not for 4,096" in notice for notice in notices), notices
+    with load(store, ram="8GB") as model:
+        assert model.context == 4096
+    with pytest.raises(MemoryBudgetError):
+        load(store, ram=budget, context=4096)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from pocketmoe.quant.activations import Activation, apply
 from pocketmoe.quant.native import FLOAT32, Matrix, NativeError, NativePool, load_native
-from pocketmoe.quant.native_step import NativeAttention, NativeMlp, Norm, Router, Token
+from pocketmoe.quant.native_step import Ends, NativeAttention, NativeMlp, Norm, Router, Token
 
 library = load_native()
 pytestmark = pytest.mark.skipif(library is None, reason="the native kernels are not built")
@@ -73,7 +73,7 @@ def choose(router: Router, x: torch.Tensor) -> tuple[list[int], torch.Tensor]:
     choice = scores if router.correction is None else scores + router.correction
     if router.groups > 1:
         grouped = choice.view(router.groups, -1)
-        best = grouped.topk(2, 1)[0].sum(1).topk(router.top_groups)[1]
+        best = grouped.topk(router.group_best, 1)[0].sum(1).topk(router.top_groups)[1]
         mask = torch.zeros(router.groups, dtype=torch.bool)
         mask[best] = True
         choice = grouped.masked_fill(~mask[:, None], float("-inf")).view(-1)
@@ -139,16 +139,11 @@ def test_attention_agrees_with_torch(pool: NativePool, shape: Shape):
     }
     attention = NativeAttention(
         pool,
+        Ends(projections.pop("output"), norms[0], norms[1], router, (norms[2], following)),
         **projections,
-        input_norm=norms[0],
-        output_norm=norms[1],
         query_norm=qk[0],
         key_norm=qk[1],
         sinks=sinks,
-        router=router,
-        guess=(norms[2], following),
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         rotary_pairs=shape.rotary_pairs,
         scaling=0.3,
@@ -188,6 +183,7 @@ ROUTERS = {
     "not normalised": {"normalize": False, "scale": 2.5},
     "sigmoid with a correction": {"sigmoid": True, "correction": True},
     "grouped": {"sigmoid": True, "correction": True, "groups": 4, "top_groups": 2},
+    "groups by their one best": {"groups": 4, "top_groups": 2, "group_best": 1, "normalize": False},
     "negative corrections in groups": {"sigmoid": True, "correction": True, "groups": 8, "top_groups": 3, "scale": 0.5},
 }
 
@@ -205,17 +201,11 @@ def test_routers_choose_as_torch_does(pool: NativePool, options: dict[str, Any],
     plain = Norm(torch.ones(hidden), 1e-6)
     attention = NativeAttention(
         pool,
+        Ends(matrix(zero), plain, plain, router, None),
         **dict.fromkeys(("query", "key", "value"), matrix(eye)),
-        output=matrix(zero),
-        input_norm=plain,
-        output_norm=plain,
         query_norm=None,
         key_norm=None,
         sinks=None,
-        router=router,
-        guess=None,
-        heads=1,
-        kv_heads=1,
         head_dim=hidden,
         rotary_pairs=0,
         scaling=1.0,

@@ -53,15 +53,19 @@ void matvec(const float* w, int64_t rows, int64_t cols, const float* bias, const
     for (int64_t r = 0; r < rows; r++) y[r] = dot_floats(w + r * cols, x, cols) + (bias ? bias[r] : 0.0f);
 }
 
-// Pairs (i, i + n) of a head's first 2 n values, or (2 i, 2 i + 1), turned by the angles of this position.
-void rotate(float* x, const float* cosine, const float* sine, int64_t n, bool interleaved) {
-    const int64_t step = interleaved ? 2 : 1, partner = interleaved ? 1 : n;
+void rotate(float* x, const float* cosine, const float* sine, int64_t n, int32_t rotation) {
+    const int64_t step = rotation == PM_HALVES ? 1 : 2, partner = rotation == PM_HALVES ? n : 1;
     for (int64_t i = 0; i < n; i++) {
-        float* const a = x + i * step;
-        float* const b = a + partner;
-        const float first = *a, second = *b;
-        *a = first * cosine[i] - second * sine[i];
-        *b = second * cosine[i] + first * sine[i];
+        const float first = x[i * step], second = x[i * step + partner];
+        x[i * step] = first * cosine[i] - second * sine[i];
+        x[i * step + partner] = second * cosine[i] + first * sine[i];
+    }
+    if (rotation != PM_SORTED) return;
+    // In place and without a buffer: each pass puts one more pair's first value in front of the seconds before it.
+    for (int64_t i = 1; i < n; i++) {
+        const float first = x[2 * i];
+        for (int64_t j = 2 * i; j > i; j--) x[j] = x[j - 1];
+        x[i] = first;
     }
 }
 
@@ -96,6 +100,10 @@ PM_INLINE void scores_of(const pm::AttendArgs& a, int64_t head, float* const* sc
         PM_UNROLL for (int h = 0; h < HEADS; h++) found[h] = sum_lanes(sums[h]);
         for (; i < a.key_dim; i++)
             PM_UNROLL for (int h = 0; h < HEADS; h++) found[h] += a.query[(head + h) * a.key_dim + i] * key[i];
+        if (a.extra_dim)
+            for (int h = 0; h < HEADS; h++)
+                found[h] += dot_floats(a.extra_query + (head + h) * a.extra_dim, a.extra_keys + t * a.extra_dim,
+                                       a.extra_dim);
         PM_UNROLL for (int h = 0; h < HEADS; h++) scores[h][t] = a.scaling * found[h];
     }
 }

@@ -62,8 +62,10 @@ struct AttendArgs {
     const float* query;         // [heads, key_dim]
     int64_t heads;
     const float* keys;          // [tokens, key_dim]
+    const float* extra_query;   // [heads, extra_dim], [tokens, extra_dim]: a second part of queries and keys
+    const float* extra_keys;
     const float* values;        // [tokens, value_dim]
-    int64_t tokens, key_dim, value_dim;
+    int64_t tokens, key_dim, extra_dim, value_dim;
     float scaling;
     const float* sinks;         // [heads] or null: a logit that takes its share of the softmax and gives nothing
     float* scores;              // [2, tokens] scratch
@@ -96,8 +98,8 @@ struct Isa {
     void (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
     // y [rows] = w [rows, cols] x + bias; bias may be null.
     void (*matvec)(const float* w, int64_t rows, int64_t cols, const float* bias, const float* x, float* y);
-    // n pairs of x, (i, i + n) or interleaved (2 i, 2 i + 1), turned by angles.
-    void (*rotate)(float* x, const float* cosine, const float* sine, int64_t n, bool interleaved);
+    // n pairs of x turned by angles; `rotation` is a pm_rotation.
+    void (*rotate)(float* x, const float* cosine, const float* sine, int64_t n, int32_t rotation);
     void (*attend)(const AttendArgs& args);
     void (*gate)(const GateArgs& args);
 };

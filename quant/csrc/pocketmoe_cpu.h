@@ -63,28 +63,62 @@ typedef struct {
     int32_t experts, top_k;
     int32_t scoring;
     int32_t normalize;        // weights are divided by their sum
-    int32_t groups, top_groups;  // choose only within the top_groups groups whose two best experts are best; 0 = all
+    // Choose only within the top_groups groups whose best group_best (1 or 2) experts are best; groups 0 = all.
+    int32_t groups, top_groups, group_best;
     float scale;              // of the weights, at last
 } pm_router;
 
-// The first half of a decoder layer: norm, attention with its cache, norm, router. NULL = the part is absent.
+// How a layer's attention half begins and ends: norm ... output projection, norm, router. NULL = the part is absent.
 typedef struct {
-    pm_matrix query, key, value, output;
+    pm_matrix output;
     const float* input_norm;   // [hidden]
-    const float* query_norm;   // [head_dim], or of the whole projection if whole_norms
-    const float* key_norm;
     const float* output_norm;  // [hidden], after attention
-    const float* sinks;        // [heads]
     const pm_router* router;
     const float* next_norm;    // [hidden], with next_router: the same of the next MoE layer, for a guess
     const pm_router* next_router;
+    float input_epsilon, output_epsilon, next_epsilon;
+} pm_ends;
+
+// Which values of a head make a pair that is turned by one angle, and where the turned pair goes.
+enum pm_rotation {
+    PM_HALVES = 0,       // (i, i + pairs)
+    PM_INTERLEAVED = 1,  // (2 i, 2 i + 1)
+    PM_SORTED = 2        // from (2 i, 2 i + 1) to (i, i + pairs)
+};
+
+// Attention with its keys and values cached per head.
+typedef struct {
+    pm_ends ends;
+    pm_matrix query, key, value;
+    const float* query_norm;   // [head_dim], or of the whole projection if whole_norms
+    const float* key_norm;
+    const float* sinks;        // [heads]
     int32_t heads, kv_heads, head_dim;
     int32_t rotary_pairs;
     int32_t whole_norms;
-    float input_epsilon, qk_epsilon, output_epsilon, next_epsilon;
+    float qk_epsilon;
     float scaling;
     float clip;                // of queries, keys and values; 0 = none
 } pm_attention_spec;
+
+// Multi-head latent attention (DeepSeek-V2): all heads share one latent vector a token, which is what is cached. Keys
+// and values are never made: queries go to the latent space, and what is attended to comes back from it.
+typedef struct {
+    pm_ends ends;
+    pm_matrix query_down;      // to a latent query; rows 0 = absent
+    const float* query_norm;   // [query_down.rows]
+    pm_matrix query;           // [heads * (plain + 2 rotary_pairs), hidden or query_down.rows]
+    pm_matrix latent_down;     // [latent + 2 rotary_pairs, hidden]
+    const float* latent_norm;  // [latent]
+    pm_matrix key_up;          // [latent, plain] of the first head, transposed
+    pm_matrix value_up;        // [value_dim, latent] of the first head
+    int64_t key_up_stride, value_up_stride;  // bytes from head to head
+    int32_t heads;
+    int32_t rotary_pairs;
+    int32_t rotation;
+    float query_epsilon, latent_epsilon;
+    float scaling;
+} pm_latent_spec;
 
 // What changes from token to token. All arrays are contiguous.
 typedef struct {
@@ -92,15 +126,15 @@ typedef struct {
     const float* delta;   // [hidden] or NULL: added to x first (what the layer before has computed)
     const float* cosine;  // [rotary_pairs]
     const float* sine;
-    float* keys;          // [kv_heads, capacity, head_dim]
-    float* values;
+    float* keys;          // [kv_heads, capacity, head_dim]; latent attention: [capacity, latent]
+    float* values;        // the same; latent attention: [capacity, 2 rotary_pairs], the turned part of all keys
     int64_t capacity;
     int64_t first;        // cached tokens first..position - 1 are attended to, and this one
     int64_t position;     // where this token's key and value go
     float* normed;        // out [hidden]: what the experts read
     int32_t* experts;     // out [top_k], ascending
     float* weights;       // out [top_k]
-    int32_t* guess;       // out [top_k of next_router], ascending
+    int32_t* guess;       // out [top_k of next_router], ascending; NULL = no guess
 } pm_token;
 
 // A feed-forward block of the trunk: y = down(activation(gate x) * up x), times sigmoid(share x) if there is a share.
@@ -137,6 +171,8 @@ PM_API int32_t pm_linear(pm_context* context, const pm_matrix* matrix, const flo
 
 // One token through the attention half of a layer.
 PM_API int32_t pm_attention(pm_context* context, const pm_attention_spec* spec, const pm_token* token);
+
+PM_API int32_t pm_latent_attention(pm_context* context, const pm_latent_spec* spec, const pm_token* token);
 
 // One token through a feed-forward block; adds to y if `add`, else writes it. x [hidden], y [hidden].
 PM_API int32_t pm_mlp(pm_context* context, const pm_mlp_spec* spec, const float* x, int32_t add, float* y);

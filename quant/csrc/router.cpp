@@ -26,23 +26,23 @@ void score(const pm_router& router, float* logits) {
     for (int32_t i = 0; i < n; i++) logits[i] /= sum;
 }
 
-// Rules out the experts of all groups but the best, judged by the sum of their two best experts.
+// Rules out the experts of all groups but the best.
 void keep_best_groups(const pm_router& router, float* values) {
     const int32_t size = router.experts / router.groups;
-    const auto best_two = [&](int32_t group) {
+    const auto worth = [&](int32_t group) {
         float first = NEVER, second = NEVER;
         for (int32_t i = group * size; i < (group + 1) * size; i++) {
             if (values[i] > first) second = first, first = values[i];
             else if (values[i] > second) second = values[i];
         }
-        return first + second;
+        return router.group_best > 1 ? first + second : first;
     };
     for (int32_t surplus = router.groups - router.top_groups; surplus > 0; surplus--) {
         int32_t worst = -1;
         float least = 0.0f;
         for (int32_t g = router.groups - 1; g >= 0; g--) {  // of equal groups the last goes first
             if (values[g * size] == NEVER) continue;
-            const float sum = best_two(g);
+            const float sum = worth(g);
             if (worst < 0 || sum < least) worst = g, least = sum;
         }
         std::fill_n(values + worst * size, size, NEVER);
