@@ -54,7 +54,6 @@ class LeanDecoder:
             normed=self._normed.data_ptr(),
             weights=self._weights.data_ptr(),
             experts=ctypes.addressof(self._experts),
-            guess=ctypes.addressof(self._guess),
         )
         guesses = _guesses(parts.layers) if predict else [None] * len(parts.layers)
         self._layers = [_Layer(self, layer, guess) for layer, guess in zip(parts.layers, guesses, strict=True)]
@@ -66,9 +65,11 @@ class LeanDecoder:
         cosine, sine = _angles(parts.rotary, embedded, position)
         self._x.copy_(embedded.view(-1))
         state.cosine, state.sine, state.delta = cosine.data_ptr(), sine.data_ptr(), None
+        guessing = self._runtime.wants_guesses
+        state.guess = ctypes.addressof(self._guess) if guessing else None
         for layer, cached in zip(self._layers, cache.layers, strict=True):
             state.keys, state.values, state.capacity, state.first, state.position = cached.extend()  # type: ignore[attr-defined]
-            layer.run(state)
+            layer.run(state, guessing)
             state.delta = self._delta.data_ptr()
         self._x.add_(self._delta)
         return parts.head(parts.norm(self._x))
@@ -107,11 +108,11 @@ class _Layer:
         self._weights, self._places = decoder._weights[:k].view(1, k), decoder._places[:k].view(1, k)
         self._hidden, self._out = decoder._normed.view(1, -1), decoder._delta.view(1, -1)
 
-    def run(self, token: Token) -> None:
+    def run(self, token: Token, guessing: bool) -> None:
         self._attention.run(token)
         if self._site is not None:
             work = Assignment.of_token(self._decoder._experts[: self._k])
-            guess: Sequence[int] = self._decoder._guess[: self._guessed]
+            guess: Sequence[int] = self._decoder._guess[: self._guessed] if guessing else ()
             outputs = self._runtime.run_experts(self._site, self._hidden, work, guess)
             self._pool.combine(outputs, self._places, self._weights, self._out)
         if self._mlp is not None:

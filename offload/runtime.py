@@ -123,12 +123,19 @@ class ExpertRuntime:
         Returns:
             [T, H], in the dtype of `hidden_states`.
         """
-        prompt = hidden_states.shape[0] > 1
-        guess = None if prompt or self.predictor is None else self.predictor.predict(layer + 1)
+        guess = None
+        if hidden_states.shape[0] == 1 and self.predictor is not None and self.wants_guesses:
+            guess = self.predictor.predict(layer + 1)
         work = Assignment.of(top_k_index)
         hidden = hidden_states.float().contiguous()
         parts = self.run_experts(layer, hidden, work, () if guess is None else guess.reshape(-1).tolist())
         return combine(parts, work, top_k_weights).to(hidden_states.dtype)
+
+    @property
+    def wants_guesses(self) -> bool:
+        """Whether there is anything left to read ahead."""
+        total = self.stats.total_experts
+        return self.predictor is not None and (total is None or len(self.cache) < total)
 
     def run_experts(self, layer: int, hidden: torch.Tensor, work: Assignment, guess: Sequence[int]) -> torch.Tensor:
         """Each chosen expert's output for each of its tokens.

@@ -65,10 +65,16 @@ class Transfers(Protocol):
 
 
 class ThreadedTransfers:
-    """`readers` threads, each with one blocking read at a time: the queue depth that the disk sees."""
+    """`readers` threads, each with one blocking read at a time: the queue depth that the disk sees.
 
-    def __init__(self, reader: Reader, observer: ReadObserver, readers: int = 4) -> None:
+    Args:
+        ahead: most guesses that are read at the same time: enough to keep the disk busy while there is no demand, few
+            enough that demand does not have to wait for many, and that the others can still be cancelled.
+    """
+
+    def __init__(self, reader: Reader, observer: ReadObserver, readers: int = 4, ahead: int = 2) -> None:
         self._reader, self._observer = reader, observer
+        self._most_ahead, self._running_ahead = ahead, 0
         self._demand: deque[Ticket] = deque()
         self._ahead: deque[Ticket] = deque()
         self._lock = threading.Lock()
@@ -126,16 +132,26 @@ class ThreadedTransfers:
     def _run(self) -> None:
         while True:
             with self._lock:
-                while not (self._demand or self._ahead):
+                while (queue := self._next_queue()) is None:
                     if self._closed:
                         return
                     self._work.wait()
-                ticket = (self._demand or self._ahead).popleft()
+                ticket = queue.popleft()
                 ticket.started = True
+                guessed = queue is self._ahead
+                self._running_ahead += guessed
             _read(self._reader, self._observer, ticket)
             with self._lock:
                 ticket.done = True
+                self._running_ahead -= guessed
                 self._finished.notify_all()
+                if guessed and self._ahead:
+                    self._work.notify()
+
+    def _next_queue(self) -> deque[Ticket] | None:
+        if self._demand:
+            return self._demand
+        return self._ahead if self._ahead and self._running_ahead < self._most_ahead else None
 
 
 def _read(reader: Reader, observer: ReadObserver, ticket: Ticket) -> None:

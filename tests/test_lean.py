@@ -124,7 +124,8 @@ def test_steps_do_not_depend_on_cache_size_prefetch_or_read_mode(variant):
 @needs_native
 def test_the_guess_is_what_the_next_router_says_of_this_layers_residual(variant):
     _, path = variant
-    with load(path, ram="4GB", context=64) as model:
+    floor = sum(layer.top_k for layer in ExpertStore(path).manifest.layers)
+    with load(path, ram="4GB", context=64, slots=floor) as model:
         slow, fast = ([], [])
         request = model._runtime.prefetch.request
         seen: list[Any] = []

@@ -191,6 +191,28 @@ def test_at_most_depth_guesses_are_in_flight():
     bench.check()
 
 
+def test_a_rank_that_is_mostly_wrong_is_read_ahead_no_more_until_it_is_right_again():
+    bench = Bench()
+
+    def guess(right):
+        """One token's guess of two experts, of which the second is or is not chosen; returns what was read ahead."""
+        bench.transfers.tickets.clear()
+        bench.prefetch.request(1, [8, 9])
+        asked = {expert.index for expert in bench.transfers.tickets}
+        bench.prefetch.settle(1, {8, 9} if right else {8, 7})
+        bench.prefetch.drain()
+        bench.cache.clear()
+        return asked
+
+    assert guess(right=False) == {8, 9}
+    for _ in range(30):
+        last = guess(right=False)
+    assert last == {8}, "the first choice was always right, the second never"
+    for _ in range(60):
+        last = guess(right=True)
+    assert last == {8, 9}
+
+
 def test_a_guess_never_takes_the_slot_of_a_locked_expert(bench):
     bench.fill(0, 0, 1, 2, 3, 4, 5)
     locked = [E(index, 0) for index in (0, 1, 2, 3, 4, 5)]

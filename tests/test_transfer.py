@@ -206,6 +206,18 @@ def test_several_readers_are_in_the_disk_at_the_same_time(threaded):
     finish(transfers, *(transfers.fetch(expert, view(), True) for expert in (A, B, C, D)))
 
 
+def test_few_guesses_are_read_at_a_time_however_many_readers_are_idle(threaded):
+    reader = FakeReader(gated=[A, B, C])
+    transfers = threaded(reader, readers=4)
+    guesses = [transfers.fetch(expert, view(), demand=False) for expert in (A, B, C)]
+    finish(transfers, transfers.fetch(D, view(), demand=True))  # by a reader that guesses have left idle
+    assert not guesses[2].started and transfers.cancel(guesses[2])
+    reader.gate.set()
+    finish(transfers, *guesses[:2])
+    last = transfers.fetch(C, view(), demand=False)
+    finish(transfers, last)
+
+
 def test_closing_drops_what_has_not_begun_waits_for_the_rest_and_ends_the_threads(busy):
     reader, transfers, blocked = busy
     queued = [transfers.fetch(A, view(), True), transfers.fetch(B, view(), False)]

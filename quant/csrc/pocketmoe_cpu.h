@@ -134,7 +134,7 @@ typedef struct {
     float* normed;        // out [hidden]: what the experts read
     int32_t* experts;     // out [top_k], ascending
     float* weights;       // out [top_k]
-    int32_t* guess;       // out [top_k of next_router], ascending; NULL = no guess
+    int32_t* guess;       // out [top_k of next_router], best first; NULL = no guess
 } pm_token;
 
 // A feed-forward block of the trunk: y = down(activation(gate x) * up x), times sigmoid(share x) if there is a share.

@@ -60,8 +60,8 @@ void choose_experts(const pm_router& router, float* logits, float* scratch, int3
         experts[j] = largest(scratch, n);
         scratch[experts[j]] = NEVER;
     }
-    std::sort(experts, experts + k);
     if (!weights) return;
+    std::sort(experts, experts + k);
     float sum = 0.0f;
     for (int32_t j = 0; j < k; j++) sum += weights[j] = logits[experts[j]];
     const float factor = router.scale / (router.normalize ? sum + std::numeric_limits<float>::min() : 1.0f);

@@ -8,8 +8,8 @@
 
 namespace pm {
 
-// logits [experts] are used up; `scratch` [experts] too. Chosen experts ascend; of equal scores the lower index wins.
-// `weights` may be null.
+// logits [experts] are used up; `scratch` [experts] too. Of equal scores the lower index wins. Chosen experts ascend;
+// without weights (a guess), the best comes first.
 void choose_experts(const pm_router& router, float* logits, float* scratch, int32_t* experts, float* weights);
 
 }  // namespace pm
