@@ -28,6 +28,7 @@ class _Buffers:
     capacity: int
     end = 0
     buffers: tuple[torch.Tensor, ...] = ()
+    _addresses: tuple[int, ...] = ()
 
     def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # Untouched pages of an empty tensor are not resident: memory is used as the context fills.
@@ -35,6 +36,7 @@ class _Buffers:
             torch.empty((*states.shape[:2], self.capacity, states.shape[3]), dtype=states.dtype, device=states.device)
             for states in (key_states, value_states)
         )
+        self._addresses = tuple(0 if buffer.is_meta else buffer.data_ptr() for buffer in self.buffers)
 
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         start, self.end = self.end, self.end + key_states.shape[2]
@@ -47,8 +49,8 @@ class _Buffers:
         return keys, values
 
     def room(self, first: int) -> Room:
-        keys, values = self.buffers
-        return Room(keys.data_ptr(), values.data_ptr(), self.capacity, first, self.end - 1)
+        keys, values = self._addresses
+        return Room(keys, values, self.capacity, first, self.end - 1)
 
     @property
     def nbytes(self) -> int:
@@ -71,16 +73,23 @@ class FullLayer(_Buffers, DynamicLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.end = self.get_seq_length()  # `crop` has only shortened the views
         self.write(key_states, value_states)
         self.keys, self.values = self.between(0, self.end)
         return self.keys, self.values
 
     def extend(self) -> Room:
-        """Room for one more token, which counts as cached from now on."""
-        self.end = self.get_seq_length() + 1
-        self.keys, self.values = self.between(0, self.end)
+        """Room for one more token, which counts as cached from now on. `keys` and `values` follow at the next update:
+        two views for each layer and token take longer than anything else here."""
+        self.end += 1
         return self.room(0)
+
+    def get_seq_length(self) -> int:
+        return self.end
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.keys, self.values = self.between(0, self.end)
+        super().crop(tokens_to_remove)
+        self.end = self.keys.shape[2]
 
 
 class WindowLayer(_Buffers, DynamicSlidingWindowLayer):
@@ -100,14 +109,21 @@ class WindowLayer(_Buffers, DynamicSlidingWindowLayer):
             self.lazy_initialization(key_states, value_states)
         kept = self._make_room(key_states.shape[2])
         self.write(key_states, value_states)
-        self._count(key_states.shape[2])
+        self.cumulative_length += key_states.shape[2]
+        self.keys, self.values = self._in_sight()
         return self.between(self.end - key_states.shape[2] - kept, self.end)
+
+    def _in_sight(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.between(max(0, self.end - self.sliding_window + 1), self.end)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("a window that moves on cannot take tokens back; see can_crop")
 
     def extend(self) -> Room:
         """Room for one more token, which counts as cached from now on."""
         kept = self._make_room(1)
         self.end += 1
-        self._count(1)
+        self.cumulative_length += 1
         return self.room(self.end - 1 - kept)
 
     def _make_room(self, tokens: int) -> int:
@@ -118,10 +134,6 @@ class WindowLayer(_Buffers, DynamicSlidingWindowLayer):
                 buffer[:, :, :kept] = buffer[:, :, self.end - kept : self.end].clone()
             self.end = kept
         return kept
-
-    def _count(self, tokens: int) -> None:
-        self.cumulative_length += tokens
-        self.keys, self.values = self.between(max(0, self.end - self.sliding_window + 1), self.end)
 
 
 def new_kv_cache(config: Any, context: int, chunk: int) -> DynamicCache:

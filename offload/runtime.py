@@ -152,6 +152,10 @@ class ExpertRuntime:
         wanted = self.cache.lookup(layer, work.experts, promote=not prompt)
         late = sum(map(self.cache.is_arriving, wanted.misses))
         self.stats.record(layer, wanted, late, self.prefetch.first_uses(wanted.hits))
+        if not wanted.misses and not guess:  # nothing can be evicted meanwhile
+            parts = torch.empty(len(work.rows), hidden.shape[1])
+            self._compute(layer, wanted.hits, hidden, work, parts)
+            return parts
         reads = _Reads(self, layer, wanted, keep=self._worth_keeping(layer, work) if prompt else None)
         try:
             reads.start()

@@ -190,7 +190,11 @@ def test_preallocated_layers_hold_what_the_librarys_own_layers_hold(window):
             buffer[:, :, room.position] = states[:, :, 0]
         want, _ = theirs.update(keys, values)
         assert torch.equal(ours.buffers[0][:, :, room.first : room.position + 1], want)
-        assert torch.equal(cached(ours), cached(theirs))
+        assert ours.get_seq_length() == theirs.get_seq_length()
+    keys, values = torch.randn(2, 1, 2, 3, 4, generator=generator)
+    for got, want in zip(ours.update(keys, values), theirs.update(keys, values), strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(cached(ours), cached(theirs))
 
 
 def test_a_cropped_sequence_goes_on_from_where_it_was_cut():
