@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from ..cache.policy import policy_names
-from ..offload.config import IO_MODES, KERNELS, OffloadConfig
+from ..offload.config import IO_MODES, KERNELS, KV_DTYPES, OffloadConfig
 from ..offload.errors import UsageError
 
 TRUNK_HELP = "Format of attention, embeddings and head: int8-g32, int4-g32 (-g64, -g128 each) or keep, as they ship."
@@ -38,6 +38,9 @@ class LoadOptions:
         typer.Option(help="Hard limit for the whole process, as 4GB. Default: what the machine has free, less a rest."),
     ] = None
     context: Annotated[int | None, typer.Option(help="Tokens that prompt and answers may take together.")] = None
+    kv: Annotated[str, typer.Option(metavar="|".join(KV_DTYPES), help="What keys and values are cached in.")] = (
+        OffloadConfig.kv
+    )
     policy: Annotated[
         str, typer.Option(metavar="|".join(policy_names()), help="Which expert leaves the cache when it is full.")
     ] = OffloadConfig.policy

@@ -14,6 +14,7 @@ KEEP = "keep"
 DEFAULT_TRUNK = "int8-g32"
 _LOSSLESS_CODECS = ("bf16", "f16", "f32")
 KERNELS = ("auto", "native", "torch")
+KV_DTYPES = ("auto", "f16", "model")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class OffloadConfig:
     """Hard limit in bytes on the peak resident memory of the whole process."""
     context: int | None = None
     """Tokens that the KV cache has room for."""
+    kv: str = "auto"
+    """What keys and values are cached in: f16, model (the dtype that the model computes in), or auto: f16 where the
+    trunk is packed and single tokens take the fast path."""
     policy: str = "lru"
     """Eviction policy of the expert cache."""
     prefetch: bool = True
@@ -56,7 +60,7 @@ class OffloadConfig:
             except ValueError as error:
                 raise UsageError(f"ram: {error}") from None
         config = cls(**options)
-        for name, allowed in (("io", IO_MODES), ("kernels", KERNELS)):
+        for name, allowed in (("io", IO_MODES), ("kernels", KERNELS), ("kv", KV_DTYPES)):
             if getattr(config, name) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")
         for name in ("context", "threads", "readers", "prefill_chunk", "slots"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from transformers.cache_utils import DynamicCache
 
 from ..cache.stats import RunStats
 from .errors import UsageError
@@ -46,6 +47,7 @@ class Sequence:
         step_threads: torch's threads for a single token; None leaves them alone. Where native kernels do the hard work,
             what remains for torch is too small to share, and its idle threads would spin on the kernels' cores.
         lean: runs single tokens instead of the model's own modules; None = it cannot for this model.
+        kv_dtype: what keys and values are kept in; None = the model's dtype.
     """
 
     def __init__(
@@ -55,16 +57,20 @@ class Sequence:
         chunk: int,
         step_threads: int | None = None,
         lean: LeanDecoder | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self._model, self.context, self._chunk = model, context, chunk
-        self._step_threads, self._lean = step_threads, lean
+        self._step_threads, self._lean, self._kv_dtype = step_threads, lean, kv_dtype
         self.ids: list[int] = []
         """The tokens whose keys and values are cached."""
-        self._cache = new_kv_cache(model.config, context, chunk)
+        self._cache = self._new_cache()
+
+    def _new_cache(self) -> DynamicCache:
+        return new_kv_cache(self._model.config, self.context, self._chunk, self._kv_dtype)
 
     def reset(self) -> None:
         self.ids = []
-        self._cache = new_kv_cache(self._model.config, self.context, self._chunk)
+        self._cache = self._new_cache()
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens; starts over where the architecture cannot take tokens back."""

@@ -338,12 +338,12 @@ def find_router_norms(skeleton: Skeleton) -> None:
             handle.remove()
 
 
-def measure_kv_bytes(skeleton: Skeleton, context: int, chunk: int) -> int:
+def measure_kv_bytes(skeleton: Skeleton, context: int, chunk: int, stored: torch.dtype | None = None) -> int:
     """Bytes of the KV cache with `context` tokens in it: a forward on the meta device, before any weight is read."""
-    cache = new_kv_cache(skeleton.config, context, chunk)
+    cache = new_kv_cache(skeleton.config, context, chunk, stored)
     tokens = 1
     if not allocates_ahead(cache):
-        tokens, cache = context, new_kv_cache(skeleton.config, context, context)
+        tokens, cache = context, new_kv_cache(skeleton.config, context, context, stored)
     attach(skeleton, _no_experts)
     with torch.inference_mode():
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")

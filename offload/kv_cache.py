@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+_LARGEST_HALF = 65504.0
+
 
 class Room(NamedTuple):
     """Where the next token goes: it attends to buffer positions `first`..`position`, the last being its own."""
@@ -17,6 +19,8 @@ class Room(NamedTuple):
     keys: int
     """Address of [kv_heads, capacity, head_dim]."""
     values: int
+    half: bool
+    """Keys and values are float16, else float32."""
     capacity: int
     first: int
     position: int
@@ -26,6 +30,8 @@ class _Buffers:
     """What both kinds of layer share: two tensors [1, kv_heads, capacity, head_dim] and how far they are filled."""
 
     capacity: int
+    stored: torch.dtype | None
+    """What keys and values are kept in; None = as they come."""
     end = 0
     buffers: tuple[torch.Tensor, ...] = ()
     _addresses: tuple[int, ...] = ()
@@ -33,7 +39,7 @@ class _Buffers:
     def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # Untouched pages of an empty tensor are not resident: memory is used as the context fills.
         self.buffers = tuple(
-            torch.empty((*states.shape[:2], self.capacity, states.shape[3]), dtype=states.dtype, device=states.device)
+            states.new_empty((*states.shape[:2], self.capacity, states.shape[3]), dtype=self.stored)
             for states in (key_states, value_states)
         )
         self._addresses = tuple(0 if buffer.is_meta else buffer.data_ptr() for buffer in self.buffers)
@@ -42,15 +48,18 @@ class _Buffers:
         start, self.end = self.end, self.end + key_states.shape[2]
         assert self.end <= self.capacity, (self.end, self.capacity)
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            if self.stored == torch.float16:
+                states = states.clamp(-_LARGEST_HALF, _LARGEST_HALF)
             buffer[:, :, start : self.end] = states
 
-    def between(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = (buffer.narrow(2, first, end - first) for buffer in self.buffers)
+    def between(self, first: int, end: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of keys and values, or copies in another dtype."""
+        keys, values = (buffer.narrow(2, first, end - first).to(dtype or buffer.dtype) for buffer in self.buffers)
         return keys, values
 
     def room(self, first: int) -> Room:
         keys, values = self._addresses
-        return Room(keys, values, self.capacity, first, self.end - 1)
+        return Room(keys, values, self.stored == torch.float16, self.capacity, first, self.end - 1)
 
     @property
     def nbytes(self) -> int:
@@ -60,9 +69,9 @@ class _Buffers:
 class FullLayer(_Buffers, DynamicLayer):
     """All tokens of a context. The library's own layer concatenates, which copies the cache for every token."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, stored: torch.dtype | None = None) -> None:
         super().__init__()
-        self.capacity = capacity
+        self.capacity, self.stored = capacity, stored
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -75,7 +84,7 @@ class FullLayer(_Buffers, DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         self.write(key_states, value_states)
         self.keys, self.values = self.between(0, self.end)
-        return self.keys, self.values
+        return self.between(0, self.end, key_states.dtype)
 
     def extend(self) -> Room:
         """Room for one more token, which counts as cached from now on. `keys` and `values` follow at the next update:
@@ -96,8 +105,9 @@ class WindowLayer(_Buffers, DynamicSlidingWindowLayer):
     """The last tokens of a context, for layers that look back no further. When the buffer is full, those that are still
     in sight move to its front, so that keys stay contiguous and the cost of moving is spread over many tokens."""
 
-    def __init__(self, sliding_window: int, context: int, chunk: int) -> None:
+    def __init__(self, sliding_window: int, context: int, chunk: int, stored: torch.dtype | None = None) -> None:
         super().__init__(sliding_window)
+        self.stored = stored
         self.capacity = min(context, sliding_window - 1 + max(chunk, sliding_window))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -111,7 +121,7 @@ class WindowLayer(_Buffers, DynamicSlidingWindowLayer):
         self.write(key_states, value_states)
         self.cumulative_length += key_states.shape[2]
         self.keys, self.values = self._in_sight()
-        return self.between(self.end - key_states.shape[2] - kept, self.end)
+        return self.between(self.end - key_states.shape[2] - kept, self.end, key_states.dtype)
 
     def _in_sight(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.between(max(0, self.end - self.sliding_window + 1), self.end)
@@ -136,15 +146,15 @@ class WindowLayer(_Buffers, DynamicSlidingWindowLayer):
         return kept
 
 
-def new_kv_cache(config: Any, context: int, chunk: int) -> DynamicCache:
-    """A KV cache for one sequence of at most `context` tokens, fed at most `chunk` at a time. Layers of a kind that is
-    unknown here (recurrent states and the like) stay the library's own."""
+def new_kv_cache(config: Any, context: int, chunk: int, stored: torch.dtype | None = None) -> DynamicCache:
+    """A KV cache for one sequence of at most `context` tokens, fed at most `chunk` at a time, kept in dtype `stored`.
+    Layers of a kind that is unknown here (recurrent states and the like) stay the library's own."""
 
     def preallocated(layer: Any) -> Any:
         if type(layer) is DynamicLayer:
-            return FullLayer(context)
+            return FullLayer(context, stored)
         if type(layer) is DynamicSlidingWindowLayer:
-            return WindowLayer(layer.sliding_window, context, chunk)
+            return WindowLayer(layer.sliding_window, context, chunk, stored)
         return layer
 
     cache = DynamicCache(config=config)

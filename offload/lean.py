@@ -20,7 +20,7 @@ from ..quant.native import FLOAT32, Matrix, NativeMatrix, NativePool
 from ..quant.native_step import Ends, NativeAttention, NativeLatentAttention, NativeMlp, Norm, Router, Token
 from .hf import Skeleton
 from .hf_layers import AttentionParts, DecoderParts, LatentParts, LayerParts, read_decoder
-from .kv_cache import allocates_ahead, new_kv_cache
+from .kv_cache import Room, allocates_ahead, new_kv_cache
 from .runtime import Assignment, ExpertRuntime
 
 TOLERANCE = 0.05
@@ -68,7 +68,8 @@ class LeanDecoder:
         guessing = self._runtime.wants_guesses
         state.guess = ctypes.addressof(self._guess) if guessing else None
         for layer, cached in zip(self._layers, cache.layers, strict=True):
-            state.keys, state.values, state.capacity, state.first, state.position = cached.extend()  # type: ignore[attr-defined]
+            room: Room = cached.extend()  # type: ignore[attr-defined]
+            state.keys, state.values, state.half, state.capacity, state.first, state.position = room
             layer.run(state, guessing)
             state.delta = self._delta.data_ptr()
         self._x.add_(self._delta)

@@ -70,7 +70,11 @@ class Model:
         self.sampling, self._ends = read_generation_config(self.path)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self._ends.add(self.tokenizer.eos_token_id)
-        self._workspace = Workspace.of(skeleton, pool is not None, skeleton.config.model_type in FAMILIES)
+        lean_is_likely = skeleton.config.model_type in FAMILIES
+        # Rounding activations to INT8 for each packed matrix loses more than float16 does in the cache.
+        half = config.kv == "f16" or (config.kv == "auto" and bool(packed) and lean_is_likely)
+        self._kv_dtype = torch.float16 if half else None
+        self._workspace = Workspace.of(skeleton, pool is not None, lean_is_likely, converts=half)
         plan = self._make_plan(skeleton, pool, config)
         needs = plan.needs
         load_packed_trunk(skeleton, store, pool, on_progress)
@@ -130,7 +134,7 @@ class Model:
             needs = memory.Needs(
                 program=program,
                 trunk=trunk_bytes(manifest, skeleton, pool),
-                kv=hf.measure_kv_bytes(skeleton, context, config.prefill_chunk),
+                kv=hf.measure_kv_bytes(skeleton, context, config.prefill_chunk, self._kv_dtype),
                 workspace=self._workspace.bytes(min(config.prefill_chunk, context), context),
                 step=self._workspace.bytes(1, context),
                 record=store.record_bytes,
@@ -213,7 +217,12 @@ class Model:
     def new_sequence(self) -> Sequence:
         """An empty sequence with room for the whole context."""
         return Sequence(
-            self.transformers_model, self.context, self.config.prefill_chunk, self._step_threads, self._lean
+            self.transformers_model,
+            self.context,
+            self.config.prefill_chunk,
+            self._step_threads,
+            self._lean,
+            self._kv_dtype,
         )
 
     def encode(self, text: str, special: bool = False) -> list[int]:

@@ -15,6 +15,8 @@ class Workspace(NamedTuple):
     hidden: int
     width: int
     """Of all query heads together."""
+    cached_width: int
+    """Of all key heads together where they are cached in another dtype than they are used in, else 0."""
     score_heads: int
     """Heads whose scores are kept for all tokens at once: all of them in eager attention, else none."""
     intermediate: int
@@ -26,13 +28,14 @@ class Workspace(NamedTuple):
     """Single tokens go past the model's own modules."""
 
     @classmethod
-    def of(cls, skeleton: Skeleton, native: bool, lean: bool) -> Workspace:
+    def of(cls, skeleton: Skeleton, native: bool, lean: bool, converts: bool) -> Workspace:
         config = skeleton.config.get_text_config()
         heads = getattr(config, "num_attention_heads", 1)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
             hidden=config.hidden_size,
             width=heads * head_dim,
+            cached_width=(getattr(config, "num_key_value_heads", None) or heads) * head_dim if converts else 0,
             score_heads=heads if getattr(config, "_attn_implementation", "eager") == "eager" else 0,
             intermediate=max(site.layer.shape.intermediate for site in skeleton.sites),
             top_k=max(site.layer.top_k for site in skeleton.sites),
@@ -52,4 +55,5 @@ class Workspace(NamedTuple):
             experts += 5 * _FLOAT * self.hidden * self.intermediate
         # The mask, a layer's keys and values repeated for all heads, and the scores where they are kept.
         attention = tokens * length * (2 * _FLOAT + 3 * _FLOAT * self.score_heads) + 2 * _FLOAT * length * self.width
+        attention += 2 * _FLOAT * length * self.cached_width
         return int(1.1 * (activations + experts + attention)) + logits + (16 << 20)

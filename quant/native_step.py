@@ -123,7 +123,7 @@ class Token(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("x", "delta", "cosine", "sine", "keys", "values")),
-        *((name, _SIZE) for name in ("capacity", "first", "position")),
+        *((name, _SIZE) for name in ("half", "capacity", "first", "position")),
         *((name, _POINTER) for name in ("normed", "experts", "weights", "guess")),
     )
 

@@ -170,6 +170,24 @@ def cached(layer: Any) -> torch.Tensor:
     return layer.keys
 
 
+@needs_native
+def test_a_cache_in_float16_takes_half_the_memory_and_changes_logits_by_little(variant):
+    _, path = variant
+    with load(path, ram="4GB", context=64) as model:
+        want, plain = step_logits(model), model.plan.needs.kv
+    with load(path, ram="4GB", context=64, kv="f16") as model:
+        assert model._lean is not None
+        got, small = step_logits(model), model.plan.needs.kv
+        model._lean = None
+        modules = step_logits(model)
+    assert small * 2 == plain
+    close = (got - want).abs().amax(-1) <= 0.02 * want.std()
+    assert close.float().mean() >= 0.8, "but for near-ties between experts"
+    assert not torch.equal(got, want)
+    close = (got - modules).abs().amax(-1) <= 0.02 * want.std()
+    assert close.float().mean() >= 0.8
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_preallocated_layers_hold_what_the_librarys_own_layers_hold(window):
     """Random pieces, then single tokens through `extend`, whose room must show the same keys in the same order."""

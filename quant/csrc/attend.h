@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "elementwise.h"
+#include "half.h"
 #include "isa.h"
 
 namespace {
@@ -17,17 +18,24 @@ PM_INLINE float sum_lanes(Vec v) {
     return sum;
 }
 
+// What the cache holds: float, or uint16_t for float16.
+PM_INLINE Vec load_cached(const float* p) { return vload(p); }
+PM_INLINE Vec load_cached(const uint16_t* p) { return load_half(reinterpret_cast<const uint8_t*>(p)); }
+PM_INLINE float one_cached(const float* p) { return *p; }
+PM_INLINE float one_cached(const uint16_t* p) { return pm::half_float(reinterpret_cast<const uint8_t*>(p)); }
+
 // Four accumulators, because one would wait for itself.
-PM_INLINE float dot_floats(const float* a, const float* b, int64_t n) {
+template <typename T>
+PM_INLINE float dot_floats(const float* a, const T* b, int64_t n) {
     Vec sums[4];
     PM_UNROLL for (int j = 0; j < 4; j++) sums[j] = vset(0.0f);
     int64_t i = 0;
     for (; i + 4 * WIDTH <= n; i += 4 * WIDTH)
         PM_UNROLL for (int j = 0; j < 4; j++)
-            sums[j] = vfma(vload(a + i + j * WIDTH), vload(b + i + j * WIDTH), sums[j]);
-    for (; i + WIDTH <= n; i += WIDTH) sums[0] = vfma(vload(a + i), vload(b + i), sums[0]);
+            sums[j] = vfma(vload(a + i + j * WIDTH), load_cached(b + i + j * WIDTH), sums[j]);
+    for (; i + WIDTH <= n; i += WIDTH) sums[0] = vfma(vload(a + i), load_cached(b + i), sums[0]);
     float sum = sum_lanes(vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3])));
-    for (; i < n; i++) sum += a[i] * b[i];
+    for (; i < n; i++) sum += a[i] * one_cached(b + i);
     return sum;
 }
 
@@ -84,32 +92,37 @@ PM_INLINE float exponentials(float* x, int64_t n, float shift) {
     return sum;
 }
 
-template <int HEADS>
+template <int HEADS, typename T>
 PM_INLINE void scores_of(const pm::AttendArgs& a, int64_t head, float* const* scores) {
+    const T* const keys = static_cast<const T*>(a.keys);
+    const T* const extra_keys = static_cast<const T*>(a.extra_keys);
     for (int64_t t = 0; t < a.tokens; t++) {
-        const float* key = a.keys + t * a.key_dim;
+        const T* key = keys + t * a.key_dim;
         float found[HEADS];
         int64_t i = 0;
         Vec sums[HEADS];
         PM_UNROLL for (int h = 0; h < HEADS; h++) sums[h] = vset(0.0f);
         for (; i + WIDTH <= a.key_dim; i += WIDTH) {
-            const Vec k = vload(key + i);
+            const Vec k = load_cached(key + i);
             PM_UNROLL for (int h = 0; h < HEADS; h++)
                 sums[h] = vfma(vload(a.query + (head + h) * a.key_dim + i), k, sums[h]);
         }
         PM_UNROLL for (int h = 0; h < HEADS; h++) found[h] = sum_lanes(sums[h]);
         for (; i < a.key_dim; i++)
-            PM_UNROLL for (int h = 0; h < HEADS; h++) found[h] += a.query[(head + h) * a.key_dim + i] * key[i];
+            PM_UNROLL for (int h = 0; h < HEADS; h++)
+                found[h] += a.query[(head + h) * a.key_dim + i] * one_cached(key + i);
         if (a.extra_dim)
             for (int h = 0; h < HEADS; h++)
-                found[h] += dot_floats(a.extra_query + (head + h) * a.extra_dim, a.extra_keys + t * a.extra_dim,
+                found[h] += dot_floats(a.extra_query + (head + h) * a.extra_dim, extra_keys + t * a.extra_dim,
                                        a.extra_dim);
         PM_UNROLL for (int h = 0; h < HEADS; h++) scores[h][t] = a.scaling * found[h];
     }
 }
 
 // One query head over all cached tokens of its key and value head. `scores` are this head's own.
+template <typename T>
 PM_INLINE void weigh_values(const pm::AttendArgs& a, int64_t head, float* scores, float* out) {
+    const T* const values = static_cast<const T*>(a.values);
     float largest = a.sinks ? a.sinks[head] : scores[0];
     for (int64_t t = 0; t < a.tokens; t++) largest = scores[t] > largest ? scores[t] : largest;
     float total = exponentials(scores, a.tokens, largest);
@@ -121,35 +134,46 @@ PM_INLINE void weigh_values(const pm::AttendArgs& a, int64_t head, float* scores
         PM_UNROLL for (int j = 0; j < 4; j++) sums[j] = vset(0.0f);
         for (int64_t t = 0; t < a.tokens; t++) {
             const Vec p = vset(scores[t]);
-            const float* value = a.values + t * a.value_dim + i;
-            PM_UNROLL for (int j = 0; j < 4; j++) sums[j] = vfma(p, vload(value + j * WIDTH), sums[j]);
+            const T* value = values + t * a.value_dim + i;
+            PM_UNROLL for (int j = 0; j < 4; j++) sums[j] = vfma(p, load_cached(value + j * WIDTH), sums[j]);
         }
         PM_UNROLL for (int j = 0; j < 4; j++) vstore(out + i + j * WIDTH, vmul(sums[j], vset(inverse)));
     }
     for (; i + WIDTH <= a.value_dim; i += WIDTH) {
         Vec sum = vset(0.0f);
-        for (int64_t t = 0; t < a.tokens; t++) sum = vfma(vset(scores[t]), vload(a.values + t * a.value_dim + i), sum);
+        for (int64_t t = 0; t < a.tokens; t++)
+            sum = vfma(vset(scores[t]), load_cached(values + t * a.value_dim + i), sum);
         vstore(out + i, vmul(sum, vset(inverse)));
     }
     for (; i < a.value_dim; i++) {
         float sum = 0.0f;
-        for (int64_t t = 0; t < a.tokens; t++) sum += scores[t] * a.values[t * a.value_dim + i];
+        for (int64_t t = 0; t < a.tokens; t++) sum += scores[t] * one_cached(values + t * a.value_dim + i);
         out[i] = sum * inverse;
     }
 }
 
-void attend(const pm::AttendArgs& a) {
+template <typename T>
+void attend_cached(const pm::AttendArgs& a) {
     int64_t head = 0;
     for (; head + 2 <= a.heads; head += 2) {
         float* const scores[2] = {a.scores, a.scores + a.tokens};
-        scores_of<2>(a, head, scores);
-        for (int h = 0; h < 2; h++) weigh_values(a, head + h, scores[h], a.out + (head + h) * a.value_dim);
+        scores_of<2, T>(a, head, scores);
+        for (int h = 0; h < 2; h++) weigh_values<T>(a, head + h, scores[h], a.out + (head + h) * a.value_dim);
     }
     for (; head < a.heads; head++) {
         float* const scores[1] = {a.scores};
-        scores_of<1>(a, head, scores);
-        weigh_values(a, head, a.scores, a.out + head * a.value_dim);
+        scores_of<1, T>(a, head, scores);
+        weigh_values<T>(a, head, a.scores, a.out + head * a.value_dim);
     }
+}
+
+void attend(const pm::AttendArgs& a) { a.half ? attend_cached<uint16_t>(a) : attend_cached<float>(a); }
+
+void store(const float* x, int64_t n, bool half, void* out) {
+    if (half)
+        for (int64_t i = 0; i < n; i++) static_cast<uint16_t*>(out)[i] = pm::float_half(x[i]);
+    else
+        memcpy(out, x, n * sizeof(float));
 }
 
 template <int KIND>

@@ -24,12 +24,13 @@ void attend_body(void* region, int, int64_t item, int) {
     const pm_attention_spec& s = *r.spec;
     const int64_t group = s.heads / s.kv_heads, kv = item / r.parts;
     const int64_t begin = item % r.parts * HEADS_PER_ITEM, head = kv * group + begin;
-    const int64_t cached = (kv * r.token->capacity + r.token->first) * s.head_dim;
+    const int64_t first = (kv * r.token->capacity + r.token->first) * s.head_dim;
     AttendArgs a = {};
     a.query = r.query + head * s.head_dim;
     a.heads = std::min(HEADS_PER_ITEM, group - begin);
-    a.keys = r.token->keys + cached;
-    a.values = r.token->values + cached;
+    a.keys = cached(*r.token, r.token->keys, first);
+    a.values = cached(*r.token, r.token->values, first);
+    a.half = r.token->half;
     a.tokens = r.tokens;
     a.key_dim = a.value_dim = s.head_dim;
     a.scaling = s.scaling;
@@ -53,9 +54,10 @@ void prepare_heads(const Isa& isa, const pm_attention_spec& s, const pm_token& t
 }
 
 // The heads' vectors of this token to their places in the cache.
-void append(const pm_attention_spec& s, const pm_token& token, const float* heads, float* cache) {
+void append(const Isa& isa, const pm_attention_spec& s, const pm_token& token, const float* heads, void* cache) {
     for (int64_t h = 0; h < s.kv_heads; h++)
-        std::copy_n(heads + h * s.head_dim, s.head_dim, cache + (h * token.capacity + token.position) * s.head_dim);
+        isa.store(heads + h * s.head_dim, s.head_dim, token.half,
+                  cached(token, cache, (h * token.capacity + token.position) * s.head_dim));
 }
 
 bool fits(const pm_attention_spec& s) {
@@ -84,8 +86,8 @@ void attention(pm_context& context, const pm_attention_spec& s, const pm_token& 
     prepare_heads(isa, s, token, s.key_norm, s.kv_heads, key);
     if (s.clip > 0.0f)
         for (int64_t i = 0; i < s.value.rows; i++) value[i] = std::min(s.clip, std::max(-s.clip, value[i]));
-    append(s, token, key, token.keys);
-    append(s, token, value, token.values);
+    append(isa, s, token, key, token.keys);
+    append(isa, s, token, value, token.values);
     AttendRegion region = {&isa, &s, &token, query, scratch + at_ends, attended, parts, tokens};
     const int64_t counts[MAX_PHASES] = {items, 0, 0};
     context.pool->run(attend_body, &region, counts, 8 * tokens * s.query.rows);

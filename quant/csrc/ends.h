@@ -18,6 +18,11 @@ void begin(pm_context& context, const pm_ends& ends, int64_t hidden, const pm_to
 // x += output(attended); then the guess, the norm and the router's choice.
 void finish(pm_context& context, const pm_ends& ends, const float* attended, float* scratch, const pm_token& token);
 
+// The place of the value with that index in keys or values.
+inline void* cached(const pm_token& token, void* values, int64_t index) {
+    return static_cast<uint8_t*>(values) + index * (token.half ? 2 : 4);
+}
+
 // Whether the place for the token is one.
 inline bool has_room(const pm_token& token) {
     return token.first >= 0 && token.position >= token.first && token.position < token.capacity;

@@ -61,10 +61,11 @@ struct ActivateArgs {
 struct AttendArgs {
     const float* query;         // [heads, key_dim]
     int64_t heads;
-    const float* keys;          // [tokens, key_dim]
+    const void* keys;           // [tokens, key_dim], float32 or, if `half`, float16, as all that is cached
     const float* extra_query;   // [heads, extra_dim], [tokens, extra_dim]: a second part of queries and keys
-    const float* extra_keys;
-    const float* values;        // [tokens, value_dim]
+    const void* extra_keys;
+    const void* values;         // [tokens, value_dim]
+    bool half;
     int64_t tokens, key_dim, extra_dim, value_dim;
     float scaling;
     const float* sinks;         // [heads] or null: a logit that takes its share of the softmax and gives nothing
@@ -101,6 +102,8 @@ struct Isa {
     // n pairs of x turned by angles; `rotation` is a pm_rotation.
     void (*rotate)(float* x, const float* cosine, const float* sine, int64_t n, int32_t rotation);
     void (*attend)(const AttendArgs& args);
+    // out [n] = x, in float32 or float16: to the nearest, and to the largest finite number where that is exceeded.
+    void (*store)(const float* x, int64_t n, bool half, void* out);
     void (*gate)(const GateArgs& args);
 };
 

@@ -49,6 +49,8 @@ PM_INLINE int32_t round_codes(const float* x, float inverse, int8_t* codes) {
     return vaddvq_s32(sum);
 }
 
+PM_INLINE Vec load_half(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+
 // 16 halves to floats.
 PM_INLINE void load_halves(const uint8_t* p, float* out) {
     for (int r = 0; r < pm::ROW_BLOCK; r += 4) {

@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "half.h"
 #include "isa.h"
 #include "pocketmoe_cpu.h"
 
@@ -59,28 +60,10 @@ PM_INLINE int32_t round_codes(const float* x, float inverse, int8_t* codes) {
     return sum;
 }
 
-PM_INLINE float half_float(const uint8_t* p) {
-    uint16_t half;
-    memcpy(&half, p, 2);
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16, magnitude = half & 0x7FFFu;
-    uint32_t bits;
-    float value;
-    if (magnitude >= 0x7C00u) {
-        bits = 0x7F800000u | (magnitude & 0x3FFu) << 13;
-        memcpy(&value, &bits, 4);
-    } else if (magnitude < 0x400u) {
-        value = static_cast<float>(magnitude) * (1.0f / 16777216);  // subnormal: magnitude * 2^-24
-        memcpy(&bits, &value, 4);
-    } else {
-        bits = (magnitude << 13) + (112u << 23);
-    }
-    bits |= sign;
-    memcpy(&value, &bits, 4);
-    return value;
-}
+PM_INLINE Vec load_half(const uint8_t* p) { return pm::half_float(p); }
 
 PM_INLINE void load_halves(const uint8_t* p, float* out) {
-    for (int r = 0; r < pm::ROW_BLOCK; r++) out[r] = half_float(p + 2 * r);
+    for (int r = 0; r < pm::ROW_BLOCK; r++) out[r] = pm::half_float(p + 2 * r);
 }
 
 // Packed chunks of 8 columns to two chunks of 4 columns each.

@@ -80,9 +80,10 @@ void latent_body(void* region, int, int64_t item, int) {
     AttendArgs a = {};
     a.query = queries;
     a.heads = heads;
-    a.keys = a.values = r.token->keys + r.token->first * n.latent;
+    a.keys = a.values = cached(*r.token, r.token->keys, r.token->first * n.latent);
+    a.half = r.token->half;
     a.extra_query = turned;
-    a.extra_keys = r.token->values + r.token->first * n.turned;
+    a.extra_keys = cached(*r.token, r.token->values, r.token->first * n.turned);
     a.tokens = n.tokens;
     a.key_dim = a.value_dim = n.latent;
     a.extra_dim = n.turned;
@@ -123,16 +124,15 @@ void latent_attention(pm_context& context, const pm_latent_spec& s, const pm_tok
     }
     linear(context, s.query, s.query_down.rows > 0 ? latent_query : token.normed, 1, query);
     linear(context, s.latent_down, token.normed, 1, latent);
-    isa.rms_norm(latent, s.latent_norm, n.latent, s.latent_epsilon, token.keys + token.position * n.latent);
+    isa.rms_norm(latent, s.latent_norm, n.latent, s.latent_epsilon, latent);
+    isa.store(latent, n.latent, token.half, cached(token, token.keys, token.position * n.latent));
     isa.rotate(latent + n.latent, token.cosine, token.sine, s.rotary_pairs, s.rotation);
-    std::copy_n(latent + n.latent, n.turned, token.values + token.position * n.turned);
+    isa.store(latent + n.latent, n.turned, token.half, cached(token, token.values, token.position * n.turned));
 
-    LatentRegion r = {&isa, &s, &token, n, {&s.key_up, s.key_up_stride}, {&s.value_up, s.value_up_stride}};
-    r.query = query;
-    r.scratch = scratch + at_ends;
-    r.groups = std::max(r.key_up.groups(), r.value_up.groups());
-    r.codes = context.tokens.get<Group>(items * r.groups);
-    r.out = attended;
+    const HeadMatrix key_up = {&s.key_up, s.key_up_stride}, value_up = {&s.value_up, s.value_up_stride};
+    const int64_t groups = std::max(key_up.groups(), value_up.groups());
+    Group* const codes = context.tokens.get<Group>(items * groups);
+    LatentRegion r = {&isa, &s, &token, n, key_up, value_up, query, scratch + at_ends, codes, groups, attended};
     const int64_t counts[MAX_PHASES] = {items, 0, 0};
     context.pool->run(latent_body, &r, counts, s.heads * n.latent * (2 * n.tokens + n.plain + n.value_dim));
     finish(context, s.ends, attended, scratch, token);

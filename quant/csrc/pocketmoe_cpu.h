@@ -126,8 +126,9 @@ typedef struct {
     const float* delta;   // [hidden] or NULL: added to x first (what the layer before has computed)
     const float* cosine;  // [rotary_pairs]
     const float* sine;
-    float* keys;          // [kv_heads, capacity, head_dim]; latent attention: [capacity, latent]
-    float* values;        // the same; latent attention: [capacity, 2 rotary_pairs], the turned part of all keys
+    void* keys;           // [kv_heads, capacity, head_dim]; latent attention: [capacity, latent]
+    void* values;         // the same; latent attention: [capacity, 2 rotary_pairs], the turned part of all keys
+    int64_t half;         // keys and values are float16, else float32
     int64_t capacity;
     int64_t first;        // cached tokens first..position - 1 are attended to, and this one
     int64_t position;     // where this token's key and value go
