@@ -99,6 +99,8 @@ def test_loading_options_reach_load_and_those_of_a_conversion_only_when_given(mo
         "4GB",
         "--context",
         "99",
+        "--kv",
+        "f16",
         "--policy",
         "slru",
         "--no-prefetch",
@@ -109,9 +111,9 @@ def test_loading_options_reach_load_and_those_of_a_conversion_only_when_given(mo
         "--threads",
         "2",
     ]
-    expected = {"ram": "4GB", "context": 99, "policy": "slru", "prefetch": False, "io": "mmap", "kernels": "torch"}
+    expected = {"ram": "4GB", "context": 99, "kv": "f16", "policy": "slru", "prefetch": False, "io": "mmap"}
     assert invoke("run", "fake", "hi", *options).exit_code == 0
-    assert models[0].options == expected | {"threads": 2}
+    assert models[0].options == expected | {"kernels": "torch", "threads": 2}
     invoke("run", "fake", "hi", "--codec", "bf16", "--trunk", "keep")
     assert (models[1].options["codec"], models[1].options["trunk"]) == ("bf16", "keep")
 
