@@ -93,9 +93,9 @@ def test_parts_are_never_imported_by_their_bare_folder_names(path):
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "cache"], ids=lambda path: path.name)
-def test_the_cache_needs_neither_torch_nor_numpy(path):
+def test_the_cache_needs_neither_torch_nor_numpy_but_for_traces(path):
     foreign = {name[0] for name in imports(path)} - {"pocketmoe", "__future__"} - sys.stdlib_module_names
-    assert foreign == set()
+    assert foreign <= ({"numpy"} if path.stem in ("trace", "replay") else set())
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
