@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from .expert import ExpertId, Lookup
-from .policy import LRU, EvictionPolicy
+from .policy import EvictionPolicy
+from .published import LRU
 
 _NOBODY = 1 << 62  # the rank of a layer that has nothing to give; an int, which compares faster than infinity
 _TRANSIENT_FIRST = -(1 << 62)  # added to a transient's rank: below every rank of a policy
@@ -256,7 +257,7 @@ class ExpertCache:
             return self._heads[layer]
         return self._heads[self._open.index(lowest)]
 
-    def _head(self, layer: int) -> tuple[ExpertId | None, int]:
+    def _head(self, layer: int) -> tuple[ExpertId | None, float]:
         """Who would leave `layer` next, and with what rank."""
         arriving, locks = self._arriving, self._locks
         if self._transient.ranks:
@@ -292,6 +293,6 @@ class ExpertCache:
         self._arriving: set[ExpertId] = set()
         self._locks: dict[ExpertId, int] = {}
         self._heads: list[ExpertId | None] = [None] * self.layers
-        self._ranks: list[int] = [_NOBODY] * self.layers
-        self._open: list[int] = [_NOBODY] * self.layers
+        self._ranks: list[float] = [_NOBODY] * self.layers
+        self._open: list[float] = [_NOBODY] * self.layers
         self._stale.update(range(self.layers))
