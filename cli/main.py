@@ -12,6 +12,7 @@ from .console import prepare_streams
 from .convert import convert, verify
 from .demo import demo
 from .interrupt import BROKEN_PIPE, INTERRUPTED, TERMINATED, leave_now, leave_on_sigterm
+from .replay import replay
 from .run import run
 from .stats import stats
 
@@ -44,7 +45,7 @@ def _pocketmoe(
     pass
 
 
-for _function in (chat, run, demo, convert, verify, stats):
+for _function in (chat, run, demo, convert, verify, stats, replay):
     app.command()(command_of(_function))
 
 

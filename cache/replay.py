@@ -1,0 +1,235 @@
+"""What any policy, and the optimum, would have hit on a recorded routing. Moves no bytes, loads no model.
+
+The rules are those of the runtime while it decodes. A request is one distinct expert of one layer in one token. The
+experts that a layer chooses for a token are looked up together, touched in ascending order, hits before misses, and
+are locked against each other; whatever is missed is admitted. One pool of slots serves all layers, and an admission
+takes no other layer below its floor of top-k residents. Every sequence starts with an empty cache and a policy without
+memory, unless `warm`. Prefill is left out, and prefetch does not count: nothing is resident that was not requested.
+
+Belady's optimum obeys the same rules but for the floors, which it ignores: it is a bound that no policy can exceed,
+with floors or without. Misses divide into compulsory ones (the first request for an expert), those of the capacity
+(what the optimum misses beside), and those of the policy (the rest).
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from .expert import ExpertId
+from .policy import EvictionPolicy, get_policy
+from .trace import DECODE, Trace
+
+OPTIMUM = "belady"
+Step = tuple[ExpertId, ...]
+"""The distinct experts of one layer in one token, ascending; empty where a layer chose none."""
+_NOBODY = float("inf")
+
+
+class Requests:
+    """The decoded tokens of a trace as lists of steps, one list per sequence, L steps per token."""
+
+    def __init__(self, trace: Trace, warm: bool = False) -> None:
+        decoded = trace.phase == DECODE
+        chosen, seq = np.sort(trace.experts[decoded], axis=2), trace.seq[decoded]
+        self.layers, self.experts, self.top_k = trace.layers, trace.layers * trace.num_experts, trace.top_k
+        self.tokens = len(chosen)
+        ids = [[ExpertId(layer, index) for index in range(trace.num_experts)] for layer in range(trace.layers)]
+        flat = [ids[i // trace.num_experts][i % trace.num_experts] for i in range(self.experts)]
+        plain = chosen.size == 0 or (
+            chosen.max() < trace.num_experts and not np.any(chosen[..., 1:] == chosen[..., :-1])
+        )
+        if plain:  # by far the most usual, and by far the fastest
+            numbers = chosen.astype(np.int64) + np.arange(trace.layers)[:, None] * trace.num_experts
+            steps = list(zip(*[map(flat.__getitem__, numbers.ravel().tolist())] * trace.top_k, strict=True))
+        else:
+            rows = chosen.reshape(-1, trace.top_k).tolist()
+            none = trace.num_experts
+            steps = [
+                tuple(ids[i % trace.layers][e] for e in dict.fromkeys(row) if e < none) for i, row in enumerate(rows)
+            ]
+        ends = [len(chosen)] if warm else [*(np.flatnonzero(np.diff(seq)) + 1).tolist(), len(chosen)]
+        starts = [0, *ends[:-1]]
+        self.sequences = [steps[a * self.layers : b * self.layers] for a, b in zip(starts, ends, strict=True)]
+
+    @property
+    def total(self) -> int:
+        return sum(len(step) for steps in self.sequences for step in steps)
+
+    @property
+    def compulsory(self) -> int:
+        """First requests for an expert in a sequence: no cache can hit them."""
+        return sum(len({expert for step in steps for expert in step}) for steps in self.sequences)
+
+
+class Result(NamedTuple):
+    """Hits of one policy with one number of slots."""
+
+    policy: str
+    slots: int
+    requests: int
+    hits: int
+    misses_by_layer: tuple[int, ...]
+
+    @property
+    def hit_rate(self) -> float | None:
+        return self.hits / self.requests if self.requests else None
+
+
+def replay(requests: Requests, policy: str, slots: int, per_layer: bool = False) -> Result:
+    """Serve all requests with `slots` slots under the policy of that name, or OPTIMUM.
+
+    `per_layer` gives each layer a pool of its own, of `slots // layers`. Raises ValueError when the slots are below the
+    floors, or the policy is unknown.
+    """
+    layers, floor = requests.layers, requests.top_k
+    if slots < layers * floor:
+        raise ValueError(
+            f"{slots} slots are too few: {layers} layers with a floor of {floor} experts need {layers * floor}."
+        )
+    misses = [0] * layers
+    for steps in requests.sequences:
+        pools = [steps[layer::layers] for layer in range(layers)] if per_layer else [steps]
+        for own in pools:
+            size, count = (slots // layers, 1) if per_layer else (slots, layers)
+            if policy == OPTIMUM:
+                _optimum(own, size, misses)
+            else:
+                _serve(own, get_policy(policy, size, count * floor), size, count, floor, misses)
+    total = requests.total
+    return Result(policy, slots, total, total - sum(misses), tuple(misses))
+
+
+def _serve(
+    steps: Sequence[Step], policy: EvictionPolicy, slots: int, per_token: int, floor: int, misses: list[int]
+) -> None:
+    """Add the misses of one pool to `misses`. It does what `ExpertCache` does when every read arrives at once, at a
+    third of the cost; a test holds the two against each other."""
+    touch, insert, remove, victims, stale = policy.touch, policy.insert, policy.remove, policy.victims, policy.stale
+    ranks, resident, free = policy.ranks, set[ExpertId](), slots
+    layers = len(misses)
+    counts = [0] * layers
+    heads: list[ExpertId | None] = [None] * layers
+    lowest: list[float] = [_NOBODY] * layers  # each layer's lowest rank
+    offers: list[float] = [_NOBODY] * layers  # the same where the layer is above its floor
+    for at, step in enumerate(steps, 1):
+        missing = []
+        for expert in step:
+            if expert in resident:
+                touch(expert)
+            else:
+                missing.append(expert)
+        if missing:
+            layer = step[0][0]
+            misses[layer] += len(missing)
+            stale.add(layer)  # its experts are locked now
+            for expert in missing:
+                if free:
+                    free -= 1
+                else:
+                    for changed in stale:
+                        for head in victims(changed):
+                            if head not in step:
+                                heads[changed], rank = head, ranks[head]
+                                break
+                        else:
+                            heads[changed], rank = None, _NOBODY
+                        lowest[changed], offers[changed] = rank, rank if counts[changed] > floor else _NOBODY
+                    stale.clear()
+                    least = min(offers)
+                    victim = heads[layer] if lowest[layer] <= least else heads[offers.index(least)]
+                    assert victim is not None, (expert, slots)
+                    remove(victim)
+                    resident.remove(victim)
+                    counts[victim[0]] -= 1
+                insert(expert)
+                resident.add(expert)
+                counts[layer] += 1
+            stale.add(layer)  # and no longer
+        if at % per_token == 0:
+            policy.tick()
+
+
+def _optimum(steps: Sequence[Step], slots: int, misses: list[int]) -> None:
+    """Belady's MIN for requests that come in sets: the resident whose next use is furthest leaves, locked ones never.
+
+    The heap holds every next use that was ever known. Those that have come lie in the past and so never on top.
+    """
+    never = len(steps)
+    upcoming: dict[ExpertId, int] = {}
+    next_uses: list[list[int]] = []
+    for at in range(never - 1, -1, -1):
+        next_uses.append([upcoming.get(expert, never) for expert in steps[at]])
+        upcoming.update(dict.fromkeys(steps[at], at))
+    resident, heap, push, pop = set[ExpertId](), [], heapq.heappush, heapq.heappop
+    for step in steps:
+        missing = [expert for expert in step if expert not in resident]
+        for expert in missing:
+            if len(resident) == slots:
+                resident.remove(pop(heap)[1])
+            resident.add(expert)
+        if missing:
+            misses[step[0][0]] += len(missing)
+        for expert, use in zip(step, next_uses.pop(), strict=True):
+            push(heap, (-use, expert))
+
+
+def lru_curve(requests: Requests) -> list[int]:
+    """Hits of LRU with 0, 1, 2 ... slots, all from one pass: Mattson's stack (1970).
+
+    Valid from a cycle (layers x top-k slots) on, where floors and locks never bind: whatever LRU evicts there is older
+    than a whole token, and so than the latest top-k experts of every layer. Only the order of experts that are chosen
+    together differs from `replay`, which touches hits before misses.
+    """
+    found = [0] * (requests.experts + 1)  # by the number of slots from which on a request is a hit
+    for steps in requests.sequences:
+        letters: dict[ExpertId, str] = {}
+        stack = ""  # latest first; one letter per expert, because a string is searched at the speed of memory
+        for step in steps:
+            word = [letters.setdefault(expert, chr(len(letters))) for expert in step]
+            places = sorted((place for letter in word if (place := stack.find(letter)) >= 0), reverse=True)
+            for place in places:
+                found[place + 1] += 1
+                stack = stack[:place] + stack[place + 1 :]
+            stack = "".join(reversed(word)) + stack
+    hits, total = [], 0
+    for count in found:
+        total += count
+        hits.append(total)
+    return hits
+
+
+class Case(NamedTuple):
+    """One line of a comparison."""
+
+    policy: str
+    slots: int
+
+
+def compare(
+    trace: Trace, cases: Sequence[Case], warm: bool = False, per_layer: bool = False, jobs: int | None = None
+) -> Iterator[Result]:
+    """Replay all cases, `jobs` at a time (default: one per core), and yield their results in order."""
+    jobs = min(jobs or os.cpu_count() or 1, len(cases))
+    if jobs <= 1:
+        requests = Requests(trace, warm)
+        yield from (replay(requests, *case, per_layer) for case in cases)
+        return
+    with ProcessPoolExecutor(jobs, initializer=_prepare, initargs=(trace, warm)) as pool:
+        yield from pool.map(_replay_prepared, cases, [per_layer] * len(cases))
+
+
+_prepared: list[Requests] = []
+
+
+def _prepare(trace: Trace, warm: bool) -> None:
+    _prepared.append(Requests(trace, warm))
+
+
+def _replay_prepared(case: Case, per_layer: bool) -> Result:
+    return replay(_prepared[0], *case, per_layer)
