@@ -25,6 +25,7 @@ import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
+from errno import EISDIR
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,30 +78,33 @@ class TraceWriter:
         top_k: the most experts that a token chooses in a layer.
 
     Raises:
-        OSError: the folder of `path` cannot be written to.
+        OSError: the folder of `path` cannot be written to, or `path` is a folder.
     """
 
     def __init__(self, path: str | os.PathLike[str], layers: int, experts: int, top_k: int, model: str | None) -> None:
-        self._path = Path(path)
+        self.path = Path(path)
+        if self.path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
         meta = {"layers": layers, "experts": experts, "top_k": top_k, "model": model}
         self._meta = json.dumps({"format": FORMAT, "version": VERSION, **meta})
         index = np.dtype("u1" if experts <= np.iinfo("u1").max else "<u2")
         wide = (layers, top_k)
         self._columns = {
-            "experts": _Column(self._path.parent, index, wide),
-            "weights": _Column(self._path.parent, np.dtype("<f2"), wide),
-            "guesses": _Column(self._path.parent, index, wide),
-            "seq": _Column(self._path.parent, np.dtype("<i4")),
-            "phase": _Column(self._path.parent, np.dtype("u1")),
+            "experts": _Column(self.path.parent, index, wide),
+            "weights": _Column(self.path.parent, np.dtype("<f2"), wide),
+            "guesses": _Column(self.path.parent, index, wide),
+            "seq": _Column(self.path.parent, np.dtype("<i4")),
+            "phase": _Column(self.path.parent, np.dtype("u1")),
         }
         self._no_guess = np.full((1, *wide), np.iinfo(index).max, index)
         self._guessed = False
-        self._seq = 0
+        self._seq = self._start = 0
         self.tokens = 0
 
     def new_sequence(self) -> None:
-        """The tokens from here on do not follow those before."""
-        self._seq += 1
+        """The tokens from here on do not follow those before. A sequence without tokens is none."""
+        if self.tokens > self._start:
+            self._seq, self._start = self._seq + 1, self.tokens
 
     def add(self, experts: Array, weights: Array, guesses: Array | None = None) -> None:
         """The tokens of one forward: integers [T, L, k] and gate weights [T, L, k]; the dtype's largest value is none.
@@ -120,7 +124,7 @@ class TraceWriter:
         """Write the file, all or nothing: under a temporary name first, then renamed. Raises OSError."""
         if not self._columns:
             return
-        partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
             with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as file:
                 with file.open("meta.npy", "w") as member:
@@ -129,7 +133,7 @@ class TraceWriter:
                     if name != "guesses" or self._guessed:
                         with file.open(f"{name}.npy", "w", force_zip64=True) as member:
                             column.copy_to(member, self.tokens)
-            partial.replace(self._path)
+            partial.replace(self.path)
         finally:
             partial.unlink(missing_ok=True)
             for column in self._columns.values():

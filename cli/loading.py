@@ -42,6 +42,8 @@ def opened(path: str, options: LoadOptions) -> Iterator[Model]:
             _keep_statistics(model)
         finally:
             model.close()
+            if options.trace is not None:
+                say(f"The routing was recorded: pocketmoe replay {options.trace}")
 
 
 def _keep_statistics(model: Model) -> None:

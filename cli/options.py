@@ -52,6 +52,10 @@ class LoadOptions:
         OffloadConfig.kernels
     )
     threads: Annotated[int | None, typer.Option(help="Threads that compute. Default: one per core.")] = None
+    trace: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Record which experts are chosen, for `pocketmoe replay`: no text."),
+    ] = None
     codec: Annotated[
         str | None,
         typer.Option(help="Record format when a checkpoint is converted on first use. Default: int4-g32."),

@@ -47,6 +47,8 @@ class OffloadConfig:
     """Prompt tokens per forward pass. It decides the shapes of matrix products, and so an answer's last bits."""
     slots: int | None = None
     """Exactly this many expert slots instead of what the budget leaves (for tests and benchmarks)."""
+    trace: str | None = None
+    """Record which experts every token chooses in this file, for `pocketmoe replay`."""
     verify: bool = True
     """Check each record's checksum on its first read."""
 

@@ -114,6 +114,7 @@ class _Layer:
         if self._site is not None:
             work = Assignment.of_token(self._decoder._experts[: self._k])
             guess: Sequence[int] = self._decoder._guess[: self._guessed] if guessing else ()
+            self._runtime.recorder.record_token(self._site, work.experts, self._weights, guess)
             outputs = self._runtime.run_experts(self._site, self._hidden, work, guess)
             self._pool.combine(outputs, self._places, self._weights, self._out)
         if self._mlp is not None:

@@ -22,6 +22,7 @@ from .hf_layers import FAMILIES
 from .lean import make_lean_decoder
 from .predictor import RouterPredictor
 from .prefetch import NoPrefetch, Prefetcher
+from .recorder import make_recorder
 from .runtime import ExpertRuntime
 from .sampling import read_generation_config
 from .source import OnNotice, OnProgress
@@ -60,6 +61,7 @@ class Model:
 
     def _load(self, config: OffloadConfig, on_progress: OnProgress | None, notice: OnNotice) -> None:
         store, manifest = self._store, self._store.manifest
+        self._recorder = make_recorder(config.trace, manifest)
         pool = open_pool(config)
         # Packed matrices compute in float32; with half-precision activations each would convert back and forth.
         packed = manifest.trunk_packed if pool is not None else {}
@@ -111,7 +113,7 @@ class Model:
         predictor = RouterPredictor(skeleton.sites) if config.prefetch else None
         kernels = make_kernels(skeleton.sites, manifest, config, pool, notice)
         self._stats.kernels = kernels[0].name
-        self._runtime = ExpertRuntime(cache, slots, transfers, kernels, self._stats, ahead, predictor)
+        self._runtime = ExpertRuntime(cache, slots, transfers, kernels, self._stats, ahead, predictor, self._recorder)
         hf.attach(skeleton, lambda site, x, index, weights: self._runtime.run_layer(site.index, x, index, weights))
         self._lean = make_lean_decoder(skeleton, pool, self._runtime, notice)
         self._hold_to_plan()
@@ -210,6 +212,8 @@ class Model:
         if self._closed:
             raise UsageError("this model has been closed")
         sampling = self.sampling.with_options(**options)
+        if not sequence.ids:
+            self._recorder.new_sequence()
         yield from stream_answer(
             sequence, self.tokenizer, ids, sampling, self._ends, self._stats, on_progress, generated, self._after_step
         )
@@ -279,7 +283,6 @@ class Model:
 
     def _after_step(self) -> None:
         """Hold the budget: if something else in the process grew, slots give way."""
-        self._runtime.cache.tick()
         over = memory.resident_bytes() - self.plan.budget
         if over > 0 and (slots := self._slots - -(-over // self._store.record_bytes)) >= self.plan.needs.floor:
             self._runtime.resize(slots)
@@ -307,6 +310,7 @@ class Model:
             self._closed = True
             self._runtime.close()
             self._store.close()
+            self._recorder.close()
 
     def __enter__(self) -> Model:
         return self

@@ -21,6 +21,7 @@ from ..cache.stats import RunStats
 from ..quant.kernels import ExpertJob, ExpertKernels
 from .predictor import RouterPredictor
 from .prefetch import Prefetch
+from .recorder import NoRecorder, Recorder
 from .tiers import RamSlots
 from .transfer import Transfers
 
@@ -107,9 +108,11 @@ class ExpertRuntime:
         stats: RunStats,
         prefetch: Prefetch,
         predictor: RouterPredictor | None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.cache, self.slots, self.transfers, self.kernels = cache, slots, transfers, kernels
         self.stats, self.prefetch, self.predictor = stats, prefetch, predictor
+        self.recorder = recorder or NoRecorder()
 
     def run_layer(
         self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -126,6 +129,7 @@ class ExpertRuntime:
         guess = None
         if hidden_states.shape[0] == 1 and self.predictor is not None and self.wants_guesses:
             guess = self.predictor.predict(layer + 1)
+        self.recorder.record(layer, top_k_index, top_k_weights, guess)
         work = Assignment.of(top_k_index)
         hidden = hidden_states.float().contiguous()
         parts = self.run_experts(layer, hidden, work, () if guess is None else guess.reshape(-1).tolist())
@@ -147,21 +151,34 @@ class ExpertRuntime:
         Returns:
             float32 [R, H], by row of `work`, unweighted.
         """
-        prompt = hidden.shape[0] > 1
         self.prefetch.settle(layer, set(work.experts))
-        wanted = self.cache.lookup(layer, work.experts, promote=not prompt)
+        wanted = self.cache.lookup(layer, work.experts, promote=hidden.shape[0] == 1)
         late = sum(map(self.cache.is_arriving, wanted.misses))
         self.stats.record(layer, wanted, late, self.prefetch.first_uses(wanted.hits))
-        if not wanted.misses and not guess:  # nothing can be evicted meanwhile
-            parts = torch.empty(len(work.rows), hidden.shape[1])
+        parts = torch.empty(len(work.rows), hidden.shape[1])
+        if wanted.misses or guess:
+            self._compute_and_read(layer, wanted, guess, hidden, work, parts)
+        else:  # nothing can be evicted meanwhile
             self._compute(layer, wanted.hits, hidden, work, parts)
-            return parts
-        reads = _Reads(self, layer, wanted, keep=self._worth_keeping(layer, work) if prompt else None)
+        if layer == self.cache.layers - 1:
+            self.cache.tick()
+        return parts
+
+    def _compute_and_read(
+        self,
+        layer: int,
+        wanted: Lookup,
+        guess: Sequence[int],
+        hidden: torch.Tensor,
+        work: Assignment,
+        parts: torch.Tensor,
+    ) -> None:
+        """Hits at once, misses as they arrive, guesses behind them."""
+        reads = _Reads(self, layer, wanted, keep=self._worth_keeping(layer, work) if hidden.shape[0] > 1 else None)
         try:
             reads.start()
             if guess:
                 self.prefetch.request(layer + 1, guess)  # queued behind what we wait for
-            parts = torch.empty(len(work.rows), hidden.shape[1])
             self._compute(layer, wanted.hits, hidden, work, parts)  # while misses travel
             reads.release(wanted.hits)
             while ready := reads.next():
@@ -169,7 +186,6 @@ class ExpertRuntime:
                 reads.release(ready)
         finally:
             reads.close()
-        return parts
 
     def _compute(
         self, layer: int, experts: Sequence[ExpertId], hidden: torch.Tensor, work: Assignment, parts: torch.Tensor

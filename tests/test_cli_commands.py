@@ -58,6 +58,11 @@ def test_run_does_not_touch_stdin_when_the_prompt_is_an_argument(models):
     assert invoke("run", "fake", "argument", stdin="stdin").stdout == "argument\n"
 
 
+def test_a_recorded_run_says_how_to_replay_it(models):
+    assert "pocketmoe replay run.npz" in invoke("run", "fake", "hi", "--trace", "run.npz").stderr
+    assert models[0].options["trace"] == "run.npz"
+
+
 @pytest.mark.parametrize("prompt", ["", " \n "])
 def test_an_empty_prompt_is_refused_before_anything_is_loaded(models, prompt):
     result = invoke("run", "fake", stdin=prompt)
@@ -113,8 +118,8 @@ def test_loading_options_reach_load_and_those_of_a_conversion_only_when_given(mo
     ]
     expected = {"ram": "4GB", "context": 99, "kv": "f16", "policy": "slru", "prefetch": False, "io": "mmap"}
     assert invoke("run", "fake", "hi", *options).exit_code == 0
-    assert models[0].options == expected | {"kernels": "torch", "threads": 2}
-    invoke("run", "fake", "hi", "--codec", "bf16", "--trunk", "keep")
+    assert models[0].options == expected | {"kernels": "torch", "threads": 2, "trace": None}
+    assert "pocketmoe replay" not in invoke("run", "fake", "hi", "--codec", "bf16", "--trunk", "keep").stderr
     assert (models[1].options["codec"], models[1].options["trunk"]) == ("bf16", "keep")
 
 
@@ -133,7 +138,7 @@ def test_loading_options_reach_load_and_those_of_a_conversion_only_when_given(mo
         (["--stop", ""], "--stop must not be empty"),
         (["--ram", "4 bananas"], "bananas"),
         (["--context", "0"], "context must be"),
-        (["--policy", "fifo"], "policy must be one of"),
+        (["--policy", "random"], "policy must be one of"),
         (["--io", "tape"], "io must be one of"),
         (["--raw", "--system", "x"], "--raw leaves out"),
     ],

@@ -1,0 +1,115 @@
+"""The routing of a run to a trace file, and the null twin for runs that nobody records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from ..cache.trace import TraceWriter
+from .errors import DataError, UsageError
+from .manifest import Manifest
+
+
+class Recorder(Protocol):
+    """The contract of the recorder and its null twin."""
+
+    def record(
+        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, guess: torch.Tensor | None
+    ) -> None:
+        """One layer has chosen: [T, k] each. `guess`, of k elements, is for the layer after it."""
+        ...
+
+    def record_token(self, layer: int, experts: Sequence[int], weights: torch.Tensor, guess: Sequence[int]) -> None:
+        """The same for a single token; `weights`, [1, k], may be overwritten afterwards."""
+        ...
+
+    def new_sequence(self) -> None:
+        """The next tokens start a sequence."""
+        ...
+
+    def close(self) -> None:
+        """Write the file. Raises DataError."""
+        ...
+
+
+class RoutingRecorder:
+    """Collects the layers of a forward and writes them together. What an interrupted forward has left is dropped."""
+
+    def __init__(self, writer: TraceWriter, layers: int, top_k: int) -> None:
+        self._writer, self._layers = writer, layers
+        self._none = torch.full((1, top_k), -1)  # -1 becomes the largest value of an unsigned type
+        self._index: list[torch.Tensor] = []
+        self._weights: list[torch.Tensor] = []
+        self._guesses: list[torch.Tensor | None] = [None]
+
+    def record(
+        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, guess: torch.Tensor | None
+    ) -> None:
+        if layer == 0:
+            self._index, self._weights, self._guesses = [], [], [None]
+        self._index.append(top_k_index)
+        self._weights.append(top_k_weights)
+        self._guesses.append(guess)
+        if len(self._index) == self._layers == layer + 1:
+            self._write()
+
+    def record_token(self, layer: int, experts: Sequence[int], weights: torch.Tensor, guess: Sequence[int]) -> None:
+        self.record(layer, torch.tensor([experts]), weights.clone(), torch.tensor([guess]) if guess else None)
+
+    def new_sequence(self) -> None:
+        self._writer.new_sequence()
+
+    def close(self) -> None:
+        try:
+            self._writer.close()
+        except OSError as error:
+            raise DataError(f"the trace {self._writer.path} was not written: {error.strerror or error}") from None
+
+    def _write(self) -> None:
+        guesses = self._guesses[:-1]
+        made = any(guess is not None for guess in guesses)
+        self._writer.add(
+            torch.stack([self._wide(index, -1) for index in self._index], 1).numpy(),
+            torch.stack([self._wide(weights, 0) for weights in self._weights], 1).float().numpy(),
+            torch.stack([self._none if g is None else self._wide(g.reshape(1, -1), -1) for g in guesses], 1).numpy()
+            if made
+            else None,
+        )
+
+    def _wide(self, values: torch.Tensor, fill: int) -> torch.Tensor:
+        """[T, k] for every layer's own k."""
+        missing = self._none.shape[1] - values.shape[1]
+        return torch.nn.functional.pad(values, (0, missing), value=fill) if missing else values
+
+
+class NoRecorder:
+    """The null twin."""
+
+    def record(
+        self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, guess: torch.Tensor | None
+    ) -> None:
+        pass
+
+    def record_token(self, layer: int, experts: Sequence[int], weights: torch.Tensor, guess: Sequence[int]) -> None:
+        pass
+
+    def new_sequence(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def make_recorder(path: str | None, manifest: Manifest) -> Recorder:
+    """A recorder to `path`, or the null twin for None. Raises UsageError when the file cannot be written."""
+    if path is None:
+        return NoRecorder()
+    layers = manifest.layers
+    top_k = max(layer.top_k for layer in layers)
+    try:
+        writer = TraceWriter(path, len(layers), max(layer.num_experts for layer in layers), top_k, manifest.source)
+    except OSError as error:
+        raise UsageError(f"trace: {path} cannot be written: {error.strerror or error}") from None
+    return RoutingRecorder(writer, len(layers), top_k)

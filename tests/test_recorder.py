@@ -1,0 +1,108 @@
+"""Recording the routing of a run: what is in the trace is what ran."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from pocketmoe.cache.policy import policy_names
+from pocketmoe.cache.replay import Requests, replay
+from pocketmoe.cache.trace import DECODE, PREFILL, TraceWriter, read_trace
+from pocketmoe.offload.errors import DataError, UsageError
+from pocketmoe.offload.model import load
+from pocketmoe.offload.recorder import RoutingRecorder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tiny.make_chat_store(tmp_path_factory.mktemp("recorded"), "qwen3_moe", num_hidden_layers=4)
+
+
+def answer(model, ids: list[int], tokens: int) -> None:
+    list(model.answer(model.new_sequence(), ids, [], max_tokens=tokens, temperature=1.0, top_p=1.0, top_k=0, seed=1))
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_replaying_a_run_gives_its_own_hits_and_misses(store, tmp_path, policy):
+    path = tmp_path / "run.npz"
+    with load(store, ram="4GB", slots=14, policy=policy, prefetch=False, trace=str(path)) as model:
+        for start in range(10, 16):  # prompts of one token: with more, what the prompt has left would count as well
+            answer(model, [start], 30)
+        stats = model.stats()
+    requests = Requests(read_trace(path), warm=True)
+    result = replay(requests, policy, 14)
+    assert (result.requests, result.hits) == (stats.total("requests"), stats.total("hits"))
+    assert list(result.misses_by_layer) == [layer.misses for layer in stats.per_layer]
+    assert 0.1 < result.hits / result.requests < 0.9
+
+
+def test_prompt_answer_sequences_and_guesses_are_told_apart(store, tmp_path):
+    path = tmp_path / "run.npz"
+    with load(store, ram="4GB", trace=str(path), prefill_chunk=4) as model:
+        answer(model, [7, 8, 9, 10, 11, 12, 13], 5)
+        answer(model, [7, 8], 2)
+        assert not path.exists()
+    trace = read_trace(path)
+    phases = [PREFILL] * 7 + [DECODE] * 4 + [PREFILL] * 2 + [DECODE]
+    assert trace.phase.tolist() == phases
+    assert trace.seq.tolist() == [0] * 11 + [1] * 3
+    assert trace.weights is not None and trace.guesses is not None
+    assert np.all(np.diff(trace.weights, axis=2) <= 0), "the router's order is kept"
+    decoded = trace.phase == DECODE
+    assert np.all(trace.guesses[~decoded] == trace.none)
+    assert np.all(trace.guesses[decoded][:, 0] == trace.none), "nobody guesses the first layer"
+    assert np.all(trace.guesses[decoded][:, 1:] < trace.num_experts)
+
+
+def test_the_routing_in_a_trace_is_that_of_stock_transformers(tmp_path):
+    stock = tiny.make_checkpoint(tmp_path / "checkpoint", "qwen3_moe")
+    chosen: list[torch.Tensor] = []
+    for name, module in stock.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(lambda _m, _i, output: chosen.append(output[-1]))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.inference_mode():
+        stock(ids)
+        with load(tmp_path / "checkpoint", codec="f32", ram="4GB", trace=str(tmp_path / "run.npz")) as model:
+            model.transformers_model(ids)
+    assert np.array_equal(read_trace(tmp_path / "run.npz").experts, torch.stack(chosen, 1).numpy())
+
+
+def test_an_interrupted_forward_is_not_in_the_trace(tmp_path):
+    writer = TraceWriter(tmp_path / "run.npz", layers=2, experts=8, top_k=2, model=None)
+    recorder = RoutingRecorder(writer, layers=2, top_k=2)
+    index, weights = torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.5]])
+    recorder.record(0, index, weights, None)
+    recorder.record(0, index + 1, weights, torch.tensor([[6, 5]]))
+    recorder.record(1, index + 2, weights, None)
+    recorder.close()
+    trace = read_trace(tmp_path / "run.npz")
+    assert trace.experts.tolist() == [[[4, 2], [5, 3]]]
+    assert trace.guesses is not None
+    assert trace.guesses.tolist() == [[[255, 255], [6, 5]]]
+
+
+def test_layers_that_choose_fewer_experts_are_filled_up(tmp_path):
+    writer = TraceWriter(tmp_path / "run.npz", layers=2, experts=8, top_k=2, model=None)
+    recorder = RoutingRecorder(writer, layers=2, top_k=2)
+    recorder.record(0, torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.5]], dtype=torch.bfloat16), None)
+    recorder.record(1, torch.tensor([[4]]), torch.tensor([[1.0]], dtype=torch.bfloat16), None)
+    recorder.close()
+    trace = read_trace(tmp_path / "run.npz")
+    assert trace.experts.tolist() == [[[3, 1], [4, 255]]]
+    assert Requests(trace).total == 3
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_model_is_loaded(store, tmp_path):
+    for path in (tmp_path, tmp_path / "no" / "folder.npz"):
+        with pytest.raises(UsageError, match=r"^trace: .* cannot be written: "):
+            load(store, ram="4GB", trace=str(path))
+
+
+def test_a_trace_that_can_no_longer_be_written_is_an_error_at_the_end(store, tmp_path):
+    model = load(store, ram="4GB", trace=str(tmp_path / "run.npz"))
+    answer(model, [7], 2)
+    (tmp_path / "run.npz").mkdir()
+    with pytest.raises(DataError, match="was not written"):
+        model.close()
