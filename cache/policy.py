@@ -54,13 +54,13 @@ class EvictionPolicy(Protocol):
 
 
 _POLICIES: dict[str, Callable[[int, int], EvictionPolicy]] = {
+    "forecast": Forecast,
     "lru": LRU,
     "lfu": LFU,
     "slru": SLRU,
     "lru2": LRU2,
     "lfru": LFRU,
     "wtinylfu": WTinyLFU,
-    "forecast": Forecast,
     "fifo": FIFO,
 }
 

@@ -255,7 +255,7 @@ def test_a_policy_is_a_class_of_at_most_50_lines(name):
 
 
 def test_an_unknown_policy_is_refused_with_the_known_and_the_nearest_name():
-    with pytest.raises(ValueError, match=r"'slur'.*lru, lfu, slru, .*mean 'slru'"):
+    with pytest.raises(ValueError, match=r"'slur'.*forecast, lru, lfu, slru, .*mean 'slru'"):
         get_policy("slur", 1, 1)
     with pytest.raises(ValueError, match="lru, lfu, slru") as caught:
         get_policy("xyz", 1, 1)
