@@ -210,14 +210,12 @@ def test_lru2_equals_a_list_sorted_by_second_last_use():
         assert list(policy.victims()) == want
 
 
-def test_lfru_keeps_the_recently_reused_over_the_often_used_of_long_ago():
+def test_lfru_keeps_the_latest_reused_and_of_the_others_the_often_used():
     policy = get_policy("lfru", 10, 8)  # room for two privileged experts
-    often, *lately = ids((0, 0), (0, 1), (0, 2))
-    for _ in range(9):
-        (policy.touch if often in policy.ranks else policy.insert)(often)
-    for expert in lately * 2:
+    often, former, *latest = ids((0, 0), (0, 1), (0, 2), (0, 3))
+    for expert in [often] * 9 + [former] * 2 + latest * 2:
         (policy.touch if expert in policy.ranks else policy.insert)(expert)
-    assert list(policy.victims()) == [often, *lately]
+    assert list(policy.victims()) == [former, often, *latest]
 
 
 def test_wtinylfu_lets_a_newcomer_stay_only_if_it_was_used_more_often():
@@ -247,6 +245,17 @@ def test_forecast_keeps_the_often_used_over_the_latest_until_it_was_not_wanted_f
         policy.touch(latest)
     policy.insert(ExpertId(0, 1))  # the turn of the former favourite's layer
     assert next(policy.victims()) == often
+
+
+def test_forecast_trusts_two_uses_now_more_than_four_of_a_while_ago():
+    policy = get_policy("forecast", 8, 4)
+    former, current = ids((0, 0), (1, 0))
+    for expert in [former] * 4 + [None] * 12 + [current] * 2 + [ExpertId(0, 1)] * 2:  # None: a token is over
+        if expert is None:
+            policy.tick()
+        else:
+            (policy.touch if expert in policy.victims() else policy.insert)(expert)
+    assert next(policy.victims()) == former
 
 
 @pytest.mark.parametrize("name", policy_names())
