@@ -103,13 +103,13 @@ def _table(requests: Requests, results: list[Result], sizes: list[int]) -> list[
         by_policy.setdefault(result.policy, []).append(result)
     optimum, *rest = by_policy.values()
     rest.sort(key=lambda of_policy: -sum(result.hits for result in of_policy))
-    heads = [f"{size} slots ({size / requests.experts:.0%})" for size in sizes]
-    lines = [_row("hit rate, %", heads)]
+    heads = [f"{size} ({size / requests.experts:.0%})" for size in sizes]
+    lines = [_row("hit rate, % | slots", heads)]
     lines += [
         _row(of_policy[0].policy, [f"{100 * r.hits / r.requests:.1f}" for r in of_policy])
         for of_policy in (optimum, *rest)
     ]
-    lines += ["", _row(f"misses, % ({rest[0][0].policy})", heads)]
+    lines += ["", _row(f"misses of {rest[0][0].policy}", heads)]
     parts = [_misses(requests, result, best.hits) for result, best in zip(rest[0], optimum, strict=True)]
     for name in ("compulsory", "capacity", "policy"):
         lines.append(_row(name, [f"{100 * part[name] / requests.total:.1f}" for part in parts]))
@@ -117,7 +117,7 @@ def _table(requests: Requests, results: list[Result], sizes: list[int]) -> list[
 
 
 def _row(name: str, cells: list[str]) -> str:
-    return f"{name:20}" + "".join(f"{cell:>18}" for cell in cells)
+    return f"{name:20}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def _misses(requests: Requests, result: Result, best: int) -> dict[str, int]:
