@@ -21,6 +21,7 @@ from ..quant.native_step import Ends, NativeAttention, NativeLatentAttention, Na
 from .hf import Skeleton
 from .hf_layers import AttentionParts, DecoderParts, LatentParts, LayerParts, read_decoder
 from .kv_cache import Room, allocates_ahead, new_kv_cache
+from .recorder import NoRecorder
 from .runtime import Assignment, ExpertRuntime
 
 TOLERANCE = 0.05
@@ -259,8 +260,8 @@ def check(decoder: LeanDecoder, model: Any, runtime: ExpertRuntime) -> float:
             scale[start:end] = (1 + expert) / (1 + work.experts[-1])
         return hidden[work.rows] * scale[:, None]
 
-    worst = 0.0
-    runtime.run_experts = simple_experts  # type: ignore[method-assign]
+    worst, recorder = 0.0, runtime.recorder
+    runtime.run_experts, runtime.recorder = simple_experts, NoRecorder()  # type: ignore[method-assign]
     try:
         for cache in caches:
             forward(prompt, cache)
@@ -270,4 +271,5 @@ def check(decoder: LeanDecoder, model: Any, runtime: ExpertRuntime) -> float:
             worst = max(worst, float((got - want).abs().max() / want.abs().max().clamp(min=1e-30)))
     finally:
         del runtime.run_experts
+        runtime.recorder = recorder
     return worst

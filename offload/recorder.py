@@ -22,7 +22,7 @@ class Recorder(Protocol):
         ...
 
     def record_token(self, layer: int, experts: Sequence[int], weights: torch.Tensor, guess: Sequence[int]) -> None:
-        """The same for a single token; `weights`, [1, k], may be overwritten afterwards."""
+        """The same for a single token, in any order; `weights`, [1, k], may be overwritten afterwards."""
         ...
 
     def new_sequence(self) -> None:
@@ -56,7 +56,8 @@ class RoutingRecorder:
             self._write()
 
     def record_token(self, layer: int, experts: Sequence[int], weights: torch.Tensor, guess: Sequence[int]) -> None:
-        self.record(layer, torch.tensor([experts]), weights.clone(), torch.tensor([guess]) if guess else None)
+        weights, order = weights.sort(descending=True)
+        self.record(layer, torch.tensor([experts]).gather(1, order), weights, torch.tensor([guess]) if guess else None)
 
     def new_sequence(self) -> None:
         self._writer.new_sequence()

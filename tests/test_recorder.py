@@ -10,7 +10,7 @@ from pocketmoe.cache.policy import policy_names
 from pocketmoe.cache.replay import Requests, replay
 from pocketmoe.cache.trace import DECODE, PREFILL, TraceWriter, read_trace
 from pocketmoe.offload.errors import DataError, UsageError
-from pocketmoe.offload.model import load
+from pocketmoe.offload.loading import load
 from pocketmoe.offload.recorder import RoutingRecorder
 
 
@@ -39,7 +39,14 @@ def test_replaying_a_run_gives_its_own_hits_and_misses(store, tmp_path, policy):
 
 def test_prompt_answer_sequences_and_guesses_are_told_apart(store, tmp_path):
     path = tmp_path / "run.npz"
-    with load(store, ram="4GB", trace=str(path), prefill_chunk=4) as model:
+    with load(
+        # Too few slots for all experts, or there would be nothing to guess.
+        store,
+        ram="4GB",
+        slots=14,
+        trace=str(path),
+        prefill_chunk=4,
+    ) as model:
         answer(model, [7, 8, 9, 10, 11, 12, 13], 5)
         answer(model, [7, 8], 2)
         assert not path.exists()
