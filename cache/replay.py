@@ -57,6 +57,14 @@ class Requests:
         starts = [0, *ends[:-1]]
         self.sequences = [steps[a * self.layers : b * self.layers] for a, b in zip(starts, ends, strict=True)]
 
+    @classmethod
+    def of_steps(cls, steps: Sequence[Step], layers: int, experts: int, top_k: int) -> Requests:
+        """One sequence from its steps, L per token; `experts` of all layers together."""
+        requests = cls.__new__(cls)
+        requests.layers, requests.experts, requests.top_k = layers, experts, top_k
+        requests.tokens, requests.sequences = len(steps) // layers, [list(steps)]
+        return requests
+
     @property
     def total(self) -> int:
         return sum(len(step) for steps in self.sequences for step in steps)

@@ -30,6 +30,7 @@ def report(stats: Stats, ascii_only: bool = False) -> str:
         ("reads", _reads(stats)),
         ("prefetch", _prefetch(stats)),
         ("slots", _slots(stats)),
+        ("what if", _what_if(stats)),
         ("memory", _memory(stats)),
         ("setup", _setup(stats)),
     ]
@@ -161,6 +162,23 @@ def _slots(stats: Stats) -> str:
         return ""
     of_all = f" of {total:,} experts ({min(1.0, slots / total):.0%})" if total else ""
     return f"{slots:,}{of_all}" + (f", {format_bytes(slots * record)}, {format_bytes(record)} each" if record else "")
+
+
+def _what_if(stats: Stats) -> str:
+    """Other budgets: hits of the policy alone, and the speed that they would give."""
+    cases = stats.get("what_if") or ()
+    now = next((case for case in cases if case["slots"] == stats.get("slots")), None)
+    if now is None:
+        return ""
+    parts = [f"now {_percent(now['hit_rate'], 0)} hits without prefetch, {_rate(now, 'tokens_per_second')}"]
+    for case in cases:
+        if case is not now:
+            change = case["tokens_per_second"] / now["tokens_per_second"] - 1
+            parts.append(
+                f"--ram {_as_option(case['ram_budget_bytes'])} {_percent(case['hit_rate'], 0)}, "
+                f"about {_rate(case, 'tokens_per_second')} ({change:+.0%})"
+            )
+    return "; ".join(parts)
 
 
 def _memory(stats: Stats) -> str:

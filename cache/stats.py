@@ -32,6 +32,7 @@ _DESCRIPTION = (
     "policy",
     "io",
     "kernels",
+    "what_if",
 )
 
 
@@ -92,6 +93,8 @@ class RunStats:
     policy: str | None = None
     io: str | None = None
     kernels: str | None = None
+    what_if: list[dict[str, float]] | None = None
+    """Other numbers of slots and what they would give, where somebody has asked (`advice.what_if`)."""
     compute_s: float = 0.0
     """Time in the expert kernels."""
     read_busy_s: float = 0.0

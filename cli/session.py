@@ -136,7 +136,7 @@ class Session:
                 say(line)
 
     def _stats(self, argument: str) -> None:
-        say(self._model.stats().report())
+        say(self._model.stats(advice=True).report())
 
     def _save(self, argument: str) -> None:
         path = _file(argument, "/save")

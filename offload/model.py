@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..cache.advice import what_if
 from ..cache.manager import ExpertCache
 from ..cache.policy import get_policy
 from ..cache.stats import RunStats
@@ -289,14 +290,22 @@ class Model:
             self._slots = self._stats.slots = slots
             self._notice(f"memory grew beyond the plan: {slots:,} expert slots remain")
 
-    def stats(self) -> RunStats:
-        """A snapshot of the counters since the load or the last `reset_stats`."""
+    def stats(self, advice: bool = False) -> RunStats:
+        """A snapshot of the counters since the load or the last `reset_stats`.
+
+        Args:
+            advice: also replay the latest tokens' routing with other numbers of slots, which takes a second or two, and
+                say what they would give (`RunStats.what_if`; 200 tokens are needed).
+        """
         snapshot = self._stats.snapshot()
         snapshot.peak_rss_bytes = memory.peak_resident_bytes()
+        if advice:
+            snapshot.what_if = [case._asdict() for case in what_if(snapshot, self._runtime.history)]
         return snapshot
 
     def reset_stats(self) -> None:
         self._stats.reset()
+        self._runtime.history.clear()
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the cache's books or the statistics do not add up (for tests)."""

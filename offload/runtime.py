@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..cache.advice import History
 from ..cache.expert import ExpertId, Lookup
 from ..cache.manager import ExpertCache
 from ..cache.stats import RunStats
@@ -113,6 +114,7 @@ class ExpertRuntime:
         self.cache, self.slots, self.transfers, self.kernels = cache, slots, transfers, kernels
         self.stats, self.prefetch, self.predictor = stats, prefetch, predictor
         self.recorder = recorder or NoRecorder()
+        self.history = History(cache.layers)
 
     def run_layer(
         self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -155,6 +157,8 @@ class ExpertRuntime:
         wanted = self.cache.lookup(layer, work.experts, promote=hidden.shape[0] == 1)
         late = sum(map(self.cache.is_arriving, wanted.misses))
         self.stats.record(layer, wanted, late, self.prefetch.first_uses(wanted.hits))
+        if hidden.shape[0] == 1:
+            self.history.record(layer, wanted.hits + wanted.misses)
         parts = torch.empty(len(work.rows), hidden.shape[1])
         if wanted.misses or guess:
             self._compute_and_read(layer, wanted, guess, hidden, work, parts)

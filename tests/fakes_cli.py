@@ -130,7 +130,7 @@ class FakeModel:
         self.conversations.append(FakeConversation(self, system))
         return self.conversations[-1]
 
-    def stats(self) -> FakeStats:
+    def stats(self, advice: bool = False) -> FakeStats:
         return FakeStats(prompt_tokens=len(self.asked), generated_tokens=self._generated)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import os
 import pytest
 import tiny
 import torch
+from pocketmoe.offload import memory
 from pocketmoe.offload.errors import DataError, MemoryBudgetError, UsageError
 from pocketmoe.offload.loading import find_store, load
 from pocketmoe.offload.manifest import MANIFEST
@@ -148,3 +149,39 @@ def test_without_a_context_the_largest_usual_one_that_fits_is_taken_and_said(tmp
         assert model.context == 4096
     with pytest.raises(MemoryBudgetError):
         load(store, ram=budget, context=4096)
+
+
+def test_a_prompt_borrows_slots_and_gives_them_back_without_changing_the_answer(tmp_path, monkeypatch):
+    tiny.make_checkpoint(tmp_path / "tiny", "qwen3_moe")
+    store = find_store(tmp_path / "tiny")
+    ids = list(range(3, 40))
+
+    def answer(model) -> tuple[torch.Tensor, list[int]]:
+        seen: list[int] = []
+        compute = model._runtime.run_experts
+        monkeypatch.setattr(
+            model._runtime,
+            "run_experts",
+            lambda layer, *rest: (seen.append(model._runtime.cache.capacity), compute(layer, *rest))[1],
+        )
+        sequence = model.new_sequence()
+        sequence.feed(ids)
+        logits = torch.stack([sequence.feed([token]).clone() for token in ids[:5]])
+        model.check_integrity()
+        return logits, seen
+
+    with load(store, ram="4GB", prefill_chunk=16) as model:
+        want, capacities = answer(model)
+        floor, total = model.plan.needs.floor, model.plan.slots
+        assert set(capacities) == {total}
+    monkeypatch.setattr(memory.MemoryPlan, "slots_beside", lambda plan, workspace: floor)
+    with load(store, ram="4GB", prefill_chunk=16) as model:
+        got, capacities = answer(model)
+        layers = len(model._store.manifest.layers)
+        prompts = 3 * layers  # 37 tokens in pieces of 16
+        assert set(capacities[:prompts]) == {floor}
+        assert set(capacities[prompts:]) == {total}
+        with pytest.raises(IndexError):  # also after an error
+            model.transformers_model(torch.tensor([[10**6, 1]]))
+        assert model._runtime.cache.capacity == total
+    assert torch.equal(got, want)
