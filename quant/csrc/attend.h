@@ -11,13 +11,6 @@
 
 namespace {
 
-PM_INLINE float sum_lanes(Vec v) {
-    float lanes[WIDTH], sum = 0.0f;
-    vstore(lanes, v);
-    for (int i = 0; i < WIDTH; i++) sum += lanes[i];
-    return sum;
-}
-
 // What the cache holds: float, or uint16_t for float16.
 PM_INLINE Vec load_cached(const float* p) { return vload(p); }
 PM_INLINE Vec load_cached(const uint16_t* p) { return load_half(reinterpret_cast<const uint8_t*>(p)); }
@@ -34,7 +27,7 @@ PM_INLINE float dot_floats(const float* a, const T* b, int64_t n) {
         PM_UNROLL for (int j = 0; j < 4; j++)
             sums[j] = vfma(vload(a + i + j * WIDTH), load_cached(b + i + j * WIDTH), sums[j]);
     for (; i + WIDTH <= n; i += WIDTH) sums[0] = vfma(vload(a + i), load_cached(b + i), sums[0]);
-    float sum = sum_lanes(vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3])));
+    float sum = vsum(vadd(vadd(sums[0], sums[1]), vadd(sums[2], sums[3])));
     for (; i < n; i++) sum += a[i] * one_cached(b + i);
     return sum;
 }
@@ -87,7 +80,7 @@ PM_INLINE float exponentials(float* x, int64_t n, float shift) {
         vstore(x + i, e);
         sums = vadd(sums, e);
     }
-    float sum = sum_lanes(sums);
+    float sum = vsum(sums);
     for (; i < n; i++) sum += x[i] = expf(x[i] - shift);
     return sum;
 }
@@ -107,7 +100,7 @@ PM_INLINE void scores_of(const pm::AttendArgs& a, int64_t head, float* const* sc
             PM_UNROLL for (int h = 0; h < HEADS; h++)
                 sums[h] = vfma(vload(a.query + (head + h) * a.key_dim + i), k, sums[h]);
         }
-        PM_UNROLL for (int h = 0; h < HEADS; h++) found[h] = sum_lanes(sums[h]);
+        PM_UNROLL for (int h = 0; h < HEADS; h++) found[h] = vsum(sums[h]);
         for (; i < a.key_dim; i++)
             PM_UNROLL for (int h = 0; h < HEADS; h++)
                 found[h] += a.query[(head + h) * a.key_dim + i] * one_cached(key + i);

@@ -27,6 +27,12 @@ PM_INLINE Vec vscale2(Vec a, Vec n) {  // a * 2^n for |n| < 127
     return _mm256_mul_ps(a, _mm256_castsi256_ps(exponent));
 }
 
+PM_INLINE float vsum(Vec a) {
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+
 PM_INLINE __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 PM_INLINE uint32_t max_magnitude_bits(const float* x) {

@@ -25,6 +25,8 @@ PM_INLINE Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 PM_INLINE Vec vround(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 PM_INLINE Vec vscale2(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }  // a * 2^n
 
+PM_INLINE float vsum(Vec a) { return _mm512_reduce_add_ps(a); }
+
 PM_INLINE uint32_t max_magnitude_bits(const float* x) {
     const __m512i mask = _mm512_set1_epi32(0x7FFFFFFF);
     const __m512i a = _mm512_and_si512(_mm512_loadu_si512(x), mask);

@@ -27,6 +27,8 @@ PM_INLINE Vec vscale2(Vec a, Vec n) {  // a * 2^n for -127 < n < 128
     return vmulq_f32(a, vreinterpretq_f32_s32(exponent));
 }
 
+PM_INLINE float vsum(Vec a) { return vaddvq_f32(a); }
+
 PM_INLINE void prefetch_later(const uint8_t*, int64_t) {}  // these processors' own prefetchers do well
 
 PM_INLINE uint32_t max_magnitude_bits(const float* x) {

@@ -26,6 +26,7 @@ PM_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }  // fmaf would be 
 #endif
 PM_INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }  // b where either is NaN
 PM_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+PM_INLINE float vsum(Vec a) { return a; }
 // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
 PM_INLINE Vec vround(Vec a) { return (a + pm::MAGIC) - pm::MAGIC; }
 PM_INLINE Vec vscale2(Vec a, Vec n) {  // a * 2^n for -126 <= n <= 127; NaN stays NaN

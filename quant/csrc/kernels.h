@@ -3,7 +3,8 @@
 // linker would carry one file's instructions into the others.
 //
 // Before the include, an isa_*.cpp declares
-//     Vec, WIDTH (floats in one), vload, vstore, vset, vadd, vsub, vmul, vdiv, vfma, vmin, vmax, vround, vscale2
+//     Vec, WIDTH (floats in one), vload, vstore, vset, vadd, vsub, vmul, vdiv, vfma, vmin, vmax, vround, vscale2,
+//     vsum (of all lanes)
 //     max_magnitude_bits, round_codes                                          32 floats to int8
 //     load_half (WIDTH of them), load_halves, unpack_nibbles, prefetch_later
 //     dot_tile       few rows of activations (DIRECT_TILE at most, 0 = there is none) by one block, from packed bytes
