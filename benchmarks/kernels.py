@@ -29,9 +29,18 @@ import torch
 import torch.nn.functional as F
 from pocketmoe.quant import int8
 from pocketmoe.quant.activations import Activation
-from pocketmoe.quant.codecs import ExpertShape, RecordLayout, decode_expert, encode_expert, get_codec, record_layout
+from pocketmoe.quant.codecs import (
+    ExpertShape,
+    RecordLayout,
+    Weight,
+    decode_expert,
+    encode_expert,
+    get_codec,
+    record_layout,
+)
 from pocketmoe.quant.int8 import Int8Format
 from pocketmoe.quant.kernels import ExpertJob
+from pocketmoe.quant.mxfp4 import Mxfp4Matrix
 from pocketmoe.quant.native import NativeKernels, NativeMatrix, NativePool, default_threads, load_native, why_missing
 
 SHAPE, TOP_K = ExpertShape(2048, 768), 8
@@ -83,7 +92,13 @@ def result(what: str, name: str, times: dict[str, list[float]], baseline: str, a
 def random_expert(codec_name: str) -> tuple[RecordLayout, torch.Tensor]:
     layout = record_layout(get_codec(codec_name), SHAPE)
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(size, generator=generator) / 30 for name, size in SHAPE.parts().items()}
+    weights: dict[str, Weight] = {}
+    for name, (rows, cols) in SHAPE.parts().items():
+        if codec_name == "mxfp4":
+            blocks = torch.randint(256, (rows, cols // 32, 16), generator=generator, dtype=torch.uint8)
+            weights[name] = Mxfp4Matrix(blocks, torch.full((rows, cols // 32), 120, dtype=torch.uint8))
+        else:
+            weights[name] = torch.randn(rows, cols, generator=generator) / 30
     return layout, encode_expert(get_codec(codec_name), layout, weights)
 
 

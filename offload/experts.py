@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..quant.activations import Activation
-from ..quant.codecs import Int4Codec
+from ..quant.codecs import packed_format
 from ..quant.kernels import ExpertKernels, TorchKernels
 from ..quant.native import NativeKernels, NativePool, load_native, why_missing
 from .config import OffloadConfig
@@ -37,20 +37,21 @@ def make_kernels(
         UsageError: `kernels="native"` was asked for and cannot compute these experts; says why.
     """
     codec, layouts = manifest.codec_and_layouts()
-    if pool is not None and isinstance(codec, Int4Codec) and (activations := _native_activations(sites)):
+    fmt = packed_format(codec)
+    if pool is not None and fmt is not None and (activations := _native_activations(sites)):
         return [
-            NativeKernels(codec.fmt, layout, site.layer.shape, activation, pool=pool)
+            NativeKernels(fmt, layout, site.layer.shape, activation, pool=pool)
             for site, layout, activation in zip(sites, layouts, activations, strict=True)
         ]
     if pool is None:
         obstacle = why_missing()
-    elif not isinstance(codec, Int4Codec):
+    elif fmt is None:
         obstacle = f"The native kernels have no codec {codec.name}."
     else:
         obstacle = f"The native kernels lack the activation of {type(sites[0].experts).__name__}."
     if config.kernels == "native":
         raise UsageError(f"native kernels were asked for: {obstacle}")
-    if config.kernels == "auto" and not codec.lossless:  # who takes lossless records does not ask for speed
+    if config.kernels == "auto" and fmt is not None:  # who takes records that are not packed does not ask for speed
         on_notice(f"{obstacle} Using torch for the experts meanwhile, which is several times slower.")
     return [TorchKernels(codec, layout, site.apply_gate) for site, layout in zip(sites, layouts, strict=True)]
 

@@ -8,12 +8,14 @@ A record holds the expert's matrices in `nn.Linear` order [out, in]: `gate_proj`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 
-from . import int4
+from . import int4, mxfp4
+from .mxfp4 import Mxfp4Format, Mxfp4Matrix
 
 RECORD_ALIGNMENT = 4096
 
@@ -50,6 +52,10 @@ class RecordLayout:
 
     parts: dict[str, Part]
     nbytes: int
+
+
+Weight = torch.Tensor | Mxfp4Matrix
+"""A tensor of an expert as a checkpoint holds it."""
 
 
 class Codec(Protocol):
@@ -98,6 +104,24 @@ class Int4Codec:
 
 
 @dataclass(frozen=True)
+class Mxfp4Codec:
+    """Packed MXFP4 of `mxfp4.py`, for weights that ship so; what it cannot hold exactly is refused."""
+
+    fmt: Mxfp4Format = field(default_factory=Mxfp4Format)
+    name: str = "mxfp4"
+    lossless: bool = True
+
+    def part_nbytes(self, shape: tuple[int, ...]) -> int:
+        return self.fmt.nbytes(*shape) if len(shape) == 2 else shape[0] * 4
+
+    def encode_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return mxfp4.pack(mxfp4.quantize(weight))
+
+    def decode_matrix(self, data: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        return mxfp4.dequantize(data, *shape, dtype)
+
+
+@dataclass(frozen=True)
 class RawCodec:
     """The weights themselves: lossless when the checkpoint has the same dtype."""
 
@@ -122,6 +146,7 @@ _CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         *(Int4Codec(int4.Int4Format(group, symmetric)) for group in int4.GROUPS for symmetric in (True, False)),
+        Mxfp4Codec(),
         RawCodec("bf16", torch.bfloat16),
         RawCodec("f16", torch.float16),
         RawCodec("f32", torch.float32),
@@ -141,6 +166,11 @@ def get_codec(name: str) -> Codec:
         raise ValueError(f"unknown codec {name!r}; known: {', '.join(_CODECS)}") from None
 
 
+def packed_format(codec: Codec) -> int4.Int4Format | Mxfp4Format | None:
+    """How a codec packs matrices for the native kernels; None if it does not."""
+    return codec.fmt if isinstance(codec, Int4Codec | Mxfp4Codec) else None
+
+
 def record_layout(codec: Codec, shape: ExpertShape) -> RecordLayout:
     """Where each tensor of an expert of that shape lies in a record of that codec."""
     parts, offset = {}, 0
@@ -151,11 +181,12 @@ def record_layout(codec: Codec, shape: ExpertShape) -> RecordLayout:
     return RecordLayout(parts, int4.round_up(offset, RECORD_ALIGNMENT))
 
 
-def encode_expert(codec: Codec, layout: RecordLayout, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+def encode_expert(codec: Codec, layout: RecordLayout, weights: Mapping[str, Weight]) -> torch.Tensor:
     """One expert's tensors as a record, uint8 [layout.nbytes].
 
     Raises:
-        ValueError: a tensor is missing, unknown, of the wrong shape, or not finite; the message names it.
+        ValueError: a tensor is missing, unknown, of the wrong shape, or none that the codec can hold; the message
+            names it.
     """
     if weights.keys() != layout.parts.keys():
         raise ValueError(f"expert has tensors {sorted(weights)}, expected {sorted(layout.parts)}")
@@ -164,13 +195,16 @@ def encode_expert(codec: Codec, layout: RecordLayout, weights: dict[str, torch.T
         tensor = weights[name]
         if tuple(tensor.shape) != part.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {part.shape}")
-        if tensor.dim() == 1:
-            data = tensor.float().contiguous().view(torch.uint8)
-        else:
-            try:
+        try:
+            if isinstance(tensor, Mxfp4Matrix):
+                keep = isinstance(codec, Mxfp4Codec)
+                data = mxfp4.pack(tensor) if keep else codec.encode_matrix(tensor.dequantize(torch.bfloat16))
+            elif tensor.dim() == 1:
+                data = tensor.float().contiguous().view(torch.uint8)
+            else:
                 data = codec.encode_matrix(tensor)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         record[part.offset : part.offset + part.nbytes] = data
     return record
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from .activations import KINDS, Activation
-from .codecs import ExpertShape, RecordLayout, get_codec
-from .codecs import Int4Codec as _Int4Codec
+from .codecs import ExpertShape, RecordLayout, get_codec, packed_format
 from .int4 import Int4Format
 from .int8 import Int8Format
+from .mxfp4 import Mxfp4Format
 from .native_library import NativeError, NativeLibrary, build, load_native, main, why_missing
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ __all__ = [
     "load_native",
     "why_missing",
 ]
-_FORMATS = {"int4": 0, "int4_asymmetric": 1, "int8": 2}
+PackedFormat = Int4Format | Int8Format | Mxfp4Format
+_FORMATS = {"int4": 0, "int4_asymmetric": 1, "int8": 2, "mxfp4": 4}
 FLOAT32 = 3
 """`pm_format` of a matrix that is not packed."""
 
@@ -156,8 +157,11 @@ def check(status: int, what: str) -> None:
         raise NativeError(f"{what}: " + {1: "out of memory", 2: "bad argument"}.get(status, f"status {status}"))
 
 
-def _format_fields(fmt: Int4Format | Int8Format) -> dict[str, int]:
-    name = "int8" if isinstance(fmt, Int8Format) else "int4" if fmt.symmetric else "int4_asymmetric"
+def _format_fields(fmt: PackedFormat) -> dict[str, int]:
+    if isinstance(fmt, Int4Format):
+        name = "int4" if fmt.symmetric else "int4_asymmetric"
+    else:
+        name = "int8" if isinstance(fmt, Int8Format) else "mxfp4"
     return {"format": _FORMATS[name], "group": fmt.group}
 
 
@@ -165,7 +169,7 @@ class NativeKernels:
     """Experts of one shape and codec, computed by the native library: implements `kernels.ExpertKernels`.
 
     Args:
-        codec: the codec's name or its INT4 format.
+        codec: the codec's name or its format.
         layout, shape: of the records.
         activation: what joins gate and up projections.
         threads, isa: see `NativePool`; ignored with `pool`.
@@ -178,7 +182,7 @@ class NativeKernels:
 
     def __init__(
         self,
-        codec: str | Int4Format,
+        codec: str | Int4Format | Mxfp4Format,
         layout: RecordLayout,
         shape: ExpertShape,
         activation: Activation,
@@ -186,7 +190,7 @@ class NativeKernels:
         isa: str | None = None,
         pool: NativePool | None = None,
     ) -> None:
-        fmt = codec if isinstance(codec, Int4Format) else _int4_format(codec)
+        fmt = _format_of(codec) if isinstance(codec, str) else codec
         if activation.kind not in KINDS:
             raise ValueError(f"unknown activation {activation.kind!r}; known: {', '.join(KINDS)}")
         if activation.has_gate != shape.has_gate:
@@ -243,18 +247,18 @@ class NativeKernels:
             check(status, f"pm_experts with {len(jobs)} jobs for hidden {tuple(hidden.shape)}")
 
 
-def _int4_format(codec: str) -> Int4Format:
-    found = get_codec(codec)
-    if not isinstance(found, _Int4Codec):
-        raise ValueError(f"the native kernels have no codec {codec!r}, only packed INT4")
-    return found.fmt
+def _format_of(codec: str) -> Int4Format | Mxfp4Format:
+    fmt = packed_format(get_codec(codec))
+    if fmt is None:
+        raise ValueError(f"the native kernels have no codec {codec!r}, only packed INT4 and MXFP4")
+    return fmt
 
 
 class NativeMatrix:
     """A packed matrix of the trunk, y = x W^T + bias, on the same threads as the experts.
 
     Args:
-        packed: uint8, as `int4.pack` or `int8.pack` laid it out; kept, not copied.
+        packed: uint8, as `pack` of `int4`, `int8` or `mxfp4` laid it out; kept, not copied.
         rows, cols: of the unpacked matrix (out_features, in_features).
         bias: float32 [rows], contiguous, or None.
     """
@@ -265,7 +269,7 @@ class NativeMatrix:
         packed: torch.Tensor,
         rows: int,
         cols: int,
-        fmt: Int4Format | Int8Format,
+        fmt: PackedFormat,
         bias: torch.Tensor | None = None,
     ) -> None:
         if packed.nbytes != fmt.nbytes(rows, cols) or not packed.is_contiguous():

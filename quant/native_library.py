@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import native_build
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 
 class NativeError(RuntimeError):

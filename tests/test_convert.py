@@ -36,7 +36,7 @@ def notices():
 # What is written
 
 
-@pytest.mark.parametrize("codec", codec_names())
+@pytest.mark.parametrize("codec", [name for name in codec_names() if name != "mxfp4"])  # takes no random weights
 def test_a_converted_store_verifies_and_holds_each_expert_as_its_codec_encodes_it(tmp_path, codec):
     source = FakeSource()
     dest = convert(source, tmp_path / "store", codec)

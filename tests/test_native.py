@@ -12,12 +12,14 @@ import threading
 
 import pytest
 import torch
-from pocketmoe.quant import int4, int8, native, native_build
+from pocketmoe.quant import int4, int8, mxfp4, native, native_build
 from pocketmoe.quant.activations import Activation, apply
 from pocketmoe.quant.codecs import ExpertShape, decode_expert, encode_expert, get_codec, record_layout
 from pocketmoe.quant.int4 import Int4Format
 from pocketmoe.quant.int8 import Int8Format
 from pocketmoe.quant.kernels import ExpertJob
+from pocketmoe.quant.mxfp4 import Mxfp4Format
+from pocketmoe.quant.native import PackedFormat
 
 SILU = Activation("silu")
 ACTIVATIONS = [
@@ -28,8 +30,8 @@ ACTIVATIONS = [
     Activation("relu2"),
 ]
 FORMATS = [*(Int4Format(group, symmetric) for group in int4.GROUPS for symmetric in (True, False))]
-FORMATS = [*FORMATS, *(Int8Format(group) for group in int4.GROUPS)]
-CODECS = [f"int4-g{group}{suffix}" for group in int4.GROUPS for suffix in ("", "-asym")]
+FORMATS = [*FORMATS, *(Int8Format(group) for group in int4.GROUPS), Mxfp4Format()]
+CODECS = [*(f"int4-g{group}{suffix}" for group in int4.GROUPS for suffix in ("", "-asym")), "mxfp4"]
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +62,20 @@ def pool(library: native.NativeLibrary, isa: str):
     pool.close()
 
 
-def packed_matrix(fmt: Int4Format | Int8Format, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest_mxfp4(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix near `weight` that MXFP4 holds."""
+    groups = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
+    step = 2.0 ** (groups.abs().amax(-1, keepdim=True).log2().floor() - 3)  # the largest becomes 8 to 16 steps
+    doubled = torch.tensor(mxfp4.DOUBLED[:8], dtype=torch.float32)
+    nearest = doubled[((groups / step).abs().unsqueeze(-1) - doubled).abs().argmin(-1)]
+    return (nearest * step).copysign(groups).flatten(1)[:, : weight.shape[1]]
+
+
+def packed_matrix(fmt: PackedFormat, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The packed bytes and the matrix they stand for, float64."""
+    if isinstance(fmt, Mxfp4Format):
+        packed = mxfp4.pack(mxfp4.quantize(nearest_mxfp4(weight)))
+        return packed, mxfp4.dequantize(packed, weight.shape[0], weight.shape[1]).double()
     if isinstance(fmt, Int8Format):
         packed = int8.pack(*int8.quantize(weight, fmt), fmt)
         return packed, int8.dequantize(packed, weight.shape[0], weight.shape[1], fmt).double()
@@ -91,6 +105,8 @@ def random_expert(codec: str, shape: ExpertShape, seed: int) -> tuple[torch.Tens
     generator = torch.Generator().manual_seed(seed)
     weights = {name: torch.randn(size, generator=generator) for name, size in shape.parts().items()}
     weights = {name: w / math.sqrt(w.shape[-1]) if w.dim() == 2 else w * 0.3 for name, w in weights.items()}
+    if codec == "mxfp4":
+        weights = {name: nearest_mxfp4(w) if w.dim() == 2 else w for name, w in weights.items()}
     layout = record_layout(get_codec(codec), shape)
     record = encode_expert(get_codec(codec), layout, weights)
     return record, {name: w.double() for name, w in decode_expert(get_codec(codec), layout, record).items()}
@@ -141,7 +157,7 @@ def make_kernels(
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 33, 256])
-def test_linear_agrees_with_the_emulated_reference(pool: native.NativePool, fmt: Int4Format | Int8Format, tokens: int):
+def test_linear_agrees_with_the_emulated_reference(pool: native.NativePool, fmt: PackedFormat, tokens: int):
     torch.manual_seed(tokens)
     for rows, cols in [(64, 128), (50, 72), (7, 200), (17, 31), (35, 1090)]:
         weight, bias = torch.randn(rows, cols), torch.randn(rows)
@@ -154,6 +170,18 @@ def test_linear_agrees_with_the_emulated_reference(pool: native.NativePool, fmt:
         assert ((y - expected).abs() <= 1e-6 * scale + 1e-5 * expected.abs()).all()
         bound = x_step * 1.001 @ exact.abs().T + 1e-6 * scale
         assert ((y - (x.double() @ exact.T + bias)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_codes_and_activations_of_one_sign_overflow_nothing(
+    pool, fmt: PackedFormat, tokens: int, sign: int
+):
+    packed, exact = packed_matrix(fmt, torch.full((16, 128), 12.0))
+    x = torch.full((tokens, 128), 127.0 * sign)
+    y = native.NativeMatrix(pool, packed, 16, 128, fmt)(x)
+    assert torch.allclose(y.double(), x.double() @ exact.T, rtol=1e-5)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -187,7 +215,7 @@ def test_experts_agree_with_the_references(pool: native.NativePool, codec: str, 
 def test_a_rows_result_does_not_depend_on_the_rows_jobs_and_threads_beside_it(library: native.NativeLibrary, isa: str):
     torch.manual_seed(1)
     shape = ExpertShape(288, 160)
-    for codec in ("int4-g32", "int4-g32-asym", "int4-g64"):
+    for codec in ("int4-g32", "int4-g32-asym", "int4-g64", "mxfp4"):
         records = [random_expert(codec, shape, seed)[0] for seed in range(4)]
         x = torch.randn(70, shape.hidden)
         counts = [67, 1, 6, 70]
@@ -214,8 +242,8 @@ def test_a_rows_result_does_not_depend_on_the_rows_jobs_and_threads_beside_it(li
         pool.close()
 
 
-@pytest.mark.parametrize("fmt", [Int4Format(32), Int4Format(64, False), Int8Format(128)], ids=str)
-def test_a_linear_row_does_not_depend_on_the_rows_beside_it(pool: native.NativePool, fmt: Int4Format | Int8Format):
+@pytest.mark.parametrize("fmt", [Int4Format(32), Int4Format(64, False), Int8Format(128), Mxfp4Format()], ids=str)
+def test_a_linear_row_does_not_depend_on_the_rows_beside_it(pool: native.NativePool, fmt: PackedFormat):
     torch.manual_seed(2)
     packed, _ = packed_matrix(fmt, torch.randn(300, 1100))
     matrix = native.NativeMatrix(pool, packed, 300, 1100, fmt)

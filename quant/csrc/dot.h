@@ -76,13 +76,15 @@ struct Panel {
             codes[b] = packed(a, block + b, k / PANEL_GROUPS);
             if (FORMAT != PM_INT8) {
                 uint8_t* to = unpacked + b * PANEL_GROUPS * GROUP_BYTES;
-                unpack_nibbles(codes[b], to, groups * 4);
+                unpack_nibbles<FORMAT>(codes[b], to, groups * 4);
                 codes[b] = to;
             }
             const uint8_t* head = block_of(a, block + b);
             for (int g = 0; g < groups; g++) {
                 const int32_t weight_group = (k + g) / a.groups_per_scale, lane = g * LANES + b * pm::ROW_BLOCK;
-                load_halves(head + weight_group * 32, scales + lane);
+                const uint8_t* scale = head + weight_group * pm::SCALE_BYTES<FORMAT>;
+                if (FORMAT == PM_MXFP4) load_exponents(scale, scales + lane);
+                else load_halves(scale, scales + lane);
                 if (FORMAT == PM_INT4_ASYMMETRIC)
                     load_halves(head + (a.weight_groups + weight_group) * 32, minimums + lane);
             }
@@ -168,6 +170,7 @@ void dot(const pm::DotArgs& args) {
     switch (args.format) {
         case PM_INT4: return dot_format<PM_INT4>(args);
         case PM_INT4_ASYMMETRIC: return dot_format<PM_INT4_ASYMMETRIC>(args);
+        case PM_MXFP4: return dot_format<PM_MXFP4>(args);
         default: return dot_format<PM_INT8>(args);
     }
 }

@@ -9,12 +9,22 @@
 
 #include <stdint.h>
 
+#include "pocketmoe_cpu.h"
+
 namespace pm {
 
 constexpr int ROW_BLOCK = 16;         // rows of a packed block
 constexpr int COLUMNS = 32;           // columns of an activation group
 constexpr int32_t MAGIC_BITS = 0x4B400000;
 constexpr float MAGIC = 12582912.0f;
+
+// The weights of MXFP4 that its 16 codes stand for: E2M1 values, doubled to be integers, plus E2M1_ZERO.
+constexpr int32_t E2M1_ZERO = 12;
+alignas(16) constexpr uint8_t E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+// Of 16 rows' scales of one weight group.
+template <int FORMAT>
+constexpr int SCALE_BYTES = FORMAT == PM_MXFP4 ? 16 : 32;
 
 // 32 columns of one quantised row of activations.
 struct Group {

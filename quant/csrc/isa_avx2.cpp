@@ -70,21 +70,39 @@ PM_INLINE __m256i four_columns(const int8_t* codes) {
     return _mm256_set1_epi32(word);
 }
 
-// 16 halves to floats.
+PM_INLINE Vec load_exponent(const uint8_t* p) {
+    const __m256i bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
+}
+
+// 16 halves, or exponents of float32, to floats.
 PM_INLINE void load_halves(const uint8_t* p, float* out) {
     vstore(out, load_half(p));
     vstore(out + 8, load_half(p + 16));
 }
+PM_INLINE void load_exponents(const uint8_t* p, float* out) {
+    vstore(out, load_exponent(p));
+    vstore(out + 8, load_exponent(p + 8));
+}
+
+// Codes of 4 bits to the unsigned bytes to multiply by.
+template <int FORMAT>
+PM_INLINE __m256i look_up(__m256i codes) {
+    if (FORMAT != PM_MXFP4) return codes;
+    const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(pm::E2M1));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
+}
 
 // Packed chunks of 8 columns to two chunks of 4 columns each.
+template <int FORMAT>
 PM_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* to, int chunks) {
     const __m256i low = _mm256_set1_epi8(15);
     for (int c = 0; c < chunks; c++) {
         for (int h = 0; h < 64; h += 32) {
             const __m256i w = load_bytes(from + 64 * c + h);
             __m256i* const out = reinterpret_cast<__m256i*>(to + 128 * c + h);
-            _mm256_store_si256(out, _mm256_and_si256(w, low));
-            _mm256_store_si256(out + 2, _mm256_and_si256(_mm256_srli_epi16(w, 4), low));
+            _mm256_store_si256(out, look_up<FORMAT>(_mm256_and_si256(w, low)));
+            _mm256_store_si256(out + 2, look_up<FORMAT>(_mm256_and_si256(_mm256_srli_epi16(w, 4), low)));
         }
     }
 }
@@ -100,6 +118,7 @@ PM_INLINE void keep_order(__m256i& sum) {
 
 // Integer dot products of 8 weight rows with one group of activations, biased by MAGIC_BITS.
 #ifdef PM_AVXVNNI
+template <int FORMAT>
 struct Sum {
     __m256i value;
     PM_INLINE_MEMBER void start(const pm::Group& x) { value = _mm256_set1_epi32(x.start); }
@@ -107,12 +126,14 @@ struct Sum {
         value = _mm256_dpbusd_avx_epi32(value, w, four_columns(q));
     }
     PM_INLINE_MEMBER void bytes(__m256i w, const int8_t* q) { nibbles(w, q); }
+    PM_INLINE_MEMBER void half_way() {}
     PM_INLINE_MEMBER __m256i finish_nibbles(const pm::Group&) const { return value; }
     PM_INLINE_MEMBER __m256i finish_bytes() const { return value; }
 };
 #else
+template <int FORMAT>
 struct Sum {
-    __m256i value;
+    __m256i value, first_half;
     PM_INLINE_MEMBER void start(const pm::Group&) { value = _mm256_setzero_si256(); }
     // 16-bit lanes: two products of at most 15 * 127 each, eight times in a group: 30,480 fits.
     PM_INLINE_MEMBER void nibbles(__m256i w, const int8_t* q) {
@@ -128,8 +149,15 @@ struct Sum {
         value = _mm256_add_epi32(value, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
         keep_order(value);
     }
+    // After 16 of the 32 columns: the bytes of MXFP4 reach 24, and two products four times, 24,384, is what fits.
+    PM_INLINE_MEMBER void half_way() {
+        if (FORMAT != PM_MXFP4) return;
+        first_half = _mm256_madd_epi16(value, _mm256_set1_epi16(1));
+        value = _mm256_setzero_si256();
+    }
     PM_INLINE_MEMBER __m256i finish_nibbles(const pm::Group& x) const {
-        return _mm256_add_epi32(_mm256_madd_epi16(value, _mm256_set1_epi16(1)), _mm256_set1_epi32(x.start));
+        const __m256i n = _mm256_add_epi32(_mm256_madd_epi16(value, _mm256_set1_epi16(1)), _mm256_set1_epi32(x.start));
+        return FORMAT == PM_MXFP4 ? _mm256_add_epi32(n, first_half) : n;
     }
     PM_INLINE_MEMBER __m256i finish_bytes() const { return _mm256_add_epi32(value, _mm256_set1_epi32(pm::MAGIC_BITS)); }
 };
@@ -137,7 +165,7 @@ struct Sum {
 
 // acc += weights x activations for one group of 8 weight rows.
 template <int FORMAT>
-PM_INLINE Vec add_group(Vec acc, const Sum& sum, Vec scale, Vec minimum, const pm::Group& x) {
+PM_INLINE Vec add_group(Vec acc, const Sum<FORMAT>& sum, Vec scale, Vec minimum, const pm::Group& x) {
     const __m256i n = FORMAT == PM_INT8 ? sum.finish_bytes() : sum.finish_nibbles(x);
     const Vec part = vfma(_mm256_castsi256_ps(n), vset(x.scale), vset(x.shift));
     acc = vfma(scale, part, acc);
@@ -149,7 +177,8 @@ PM_INLINE Vec add_group(Vec acc, const Sum& sum, Vec scale, Vec minimum, const p
 template <int FORMAT, int ROWS, bool PREFETCH>
 PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Group* const* rows, float (*out)[16]) {
     constexpr int PASSES = ROWS == 1 ? 1 : 2, HALVES = 2 / PASSES, CODE_BYTES = FORMAT == PM_INT8 ? 512 : 256;
-    constexpr int GROUP_BYTES = CODE_BYTES + (FORMAT == PM_INT4_ASYMMETRIC ? 64 : 32);
+    constexpr int SCALES = pm::SCALE_BYTES<FORMAT>;
+    constexpr int GROUP_BYTES = CODE_BYTES + (FORMAT == PM_INT4_ASYMMETRIC ? 64 : SCALES);
     const __m256i low = _mm256_set1_epi8(15);
     for (int pass = 0; pass < PASSES; pass++) {
         const pm::Group* x[ROWS];
@@ -158,18 +187,19 @@ PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Gr
             x[t] = rows[t];
             PM_UNROLL for (int h = 0; h < HALVES; h++) acc[t][h] = _mm256_setzero_ps();
         }
-        const uint8_t* scales = block + 16 * pass;
+        const uint8_t* scales = block + SCALES / 2 * pass;
         const uint8_t* minimums = scales + a.weight_groups * 32;
         const uint8_t* codes = block + a.head_bytes + 32 * pass;
         const uint8_t* position = block;
         for (int32_t g = 0; g < a.weight_groups; g++) {
             Vec scale[HALVES], minimum[HALVES];
             PM_UNROLL for (int h = 0; h < HALVES; h++) {
-                scale[h] = load_half(scales + g * 32 + 16 * h);
+                const uint8_t* of_rows = scales + g * SCALES + SCALES / 2 * h;
+                scale[h] = FORMAT == PM_MXFP4 ? load_exponent(of_rows) : load_half(of_rows);
                 minimum[h] = FORMAT == PM_INT4_ASYMMETRIC ? load_half(minimums + g * 32 + 16 * h) : scale[h];
             }
             for (int32_t s = 0; s < a.groups_per_scale; s++) {
-                Sum sum[ROWS][HALVES];
+                Sum<FORMAT> sum[ROWS][HALVES];
                 PM_UNROLL for (int t = 0; t < ROWS; t++)
                     PM_UNROLL for (int h = 0; h < HALVES; h++) sum[t][h].start(*x[t]);
                 PM_UNROLL for (int c = 0; c < CODE_BYTES / 64; c++) {
@@ -178,11 +208,12 @@ PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Gr
                         if (FORMAT == PM_INT8) {
                             PM_UNROLL for (int t = 0; t < ROWS; t++) sum[t][h].bytes(w, x[t]->codes + 4 * c);
                         } else {
-                            const __m256i first = _mm256_and_si256(w, low);
-                            const __m256i second = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
+                            const __m256i first = look_up<FORMAT>(_mm256_and_si256(w, low));
+                            const __m256i second = look_up<FORMAT>(_mm256_and_si256(_mm256_srli_epi16(w, 4), low));
                             PM_UNROLL for (int t = 0; t < ROWS; t++) {
                                 sum[t][h].nibbles(first, x[t]->codes + 8 * c);
                                 sum[t][h].nibbles(second, x[t]->codes + 8 * c + 4);
+                                if (c == 1) sum[t][h].half_way();
                             }
                         }
                     }
@@ -214,13 +245,14 @@ PM_INLINE void panel_tile(const uint8_t* const* codes, const float* scales, cons
             acc[t] = vload(out + t * BLOCKS * 16 + lane);
         }
         for (int g = 0; g < groups; g++, w += 512) {
-            Sum sum[ROWS];
+            Sum<FORMAT> sum[ROWS];
             PM_UNROLL for (int t = 0; t < ROWS; t++) sum[t].start(*x[t]);
             PM_UNROLL for (int c = 0; c < 8; c++) {
                 const __m256i chunk = load_bytes(w + 64 * c);
                 PM_UNROLL for (int t = 0; t < ROWS; t++) {
                     if (FORMAT == PM_INT8) sum[t].bytes(chunk, x[t]->codes + 4 * c);
                     else sum[t].nibbles(chunk, x[t]->codes + 4 * c);
+                    if (c == 3) sum[t].half_way();
                 }
             }
             const Vec scale = vload(scales + g * BLOCKS * 16 + lane);

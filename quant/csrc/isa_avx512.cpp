@@ -53,16 +53,31 @@ PM_INLINE __m512i four_columns(const int8_t* codes) {
     return _mm512_set1_epi32(word);
 }
 
-// 16 halves to floats.
+PM_INLINE Vec load_exponent(const uint8_t* p) {
+    const __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
+}
+
+// 16 halves, or exponents of float32, to floats.
 PM_INLINE void load_halves(const uint8_t* p, float* out) { vstore(out, load_half(p)); }
+PM_INLINE void load_exponents(const uint8_t* p, float* out) { vstore(out, load_exponent(p)); }
+
+// Codes of 4 bits to the unsigned bytes to multiply by.
+template <int FORMAT>
+PM_INLINE __m512i look_up(__m512i codes) {
+    if (FORMAT != PM_MXFP4) return codes;
+    const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(pm::E2M1));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), codes);
+}
 
 // Packed chunks of 8 columns to two chunks of 4 columns each.
+template <int FORMAT>
 PM_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* to, int chunks) {
     const __m512i low = _mm512_set1_epi8(15);
     for (int c = 0; c < chunks; c++) {
         const __m512i w = _mm512_loadu_si512(from + 64 * c);
-        _mm512_store_si512(to + 128 * c, _mm512_and_si512(w, low));
-        _mm512_store_si512(to + 128 * c + 64, _mm512_and_si512(_mm512_srli_epi16(w, 4), low));
+        _mm512_store_si512(to + 128 * c, look_up<FORMAT>(_mm512_and_si512(w, low)));
+        _mm512_store_si512(to + 128 * c + 64, look_up<FORMAT>(_mm512_and_si512(_mm512_srli_epi16(w, 4), low)));
     }
 }
 
@@ -76,7 +91,8 @@ PM_INLINE Vec add_group(Vec acc, __m512i sum, Vec scale, Vec minimum, const pm::
 
 template <int FORMAT, int ROWS, bool PREFETCH>
 PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Group* const* rows, float (*out)[16]) {
-    constexpr int GROUP_BYTES = FORMAT == PM_INT8 ? 512 + 32 : FORMAT == PM_INT4 ? 256 + 32 : 256 + 64;
+    constexpr int SCALES = pm::SCALE_BYTES<FORMAT>;
+    constexpr int GROUP_BYTES = (FORMAT == PM_INT8 ? 512 : 256) + (FORMAT == PM_INT4_ASYMMETRIC ? 64 : SCALES);
     const __m512i low = _mm512_set1_epi8(15);
     const pm::Group* x[ROWS];
     Vec acc[ROWS];
@@ -87,7 +103,7 @@ PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Gr
     const uint8_t* codes = block + a.head_bytes;
     const uint8_t* position = block;
     for (int32_t g = 0; g < a.weight_groups; g++) {
-        const Vec scale = load_half(block + g * 32);
+        const Vec scale = FORMAT == PM_MXFP4 ? load_exponent(block + g * SCALES) : load_half(block + g * SCALES);
         const Vec minimum = FORMAT == PM_INT4_ASYMMETRIC ? load_half(block + (a.weight_groups + g) * 32) : scale;
         for (int32_t s = 0; s < a.groups_per_scale; s++) {
             __m512i sum[ROWS];
@@ -102,8 +118,8 @@ PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Gr
             } else {
                 PM_UNROLL for (int c = 0; c < 4; c++) {
                     const __m512i w = _mm512_loadu_si512(codes + 64 * c);
-                    const __m512i first = _mm512_and_si512(w, low);
-                    const __m512i second = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
+                    const __m512i first = look_up<FORMAT>(_mm512_and_si512(w, low));
+                    const __m512i second = look_up<FORMAT>(_mm512_and_si512(_mm512_srli_epi16(w, 4), low));
                     PM_UNROLL for (int t = 0; t < ROWS; t++) {
                         sum[t] = _mm512_dpbusd_epi32(sum[t], first, four_columns(x[t]->codes + 8 * c));
                         sum[t] = _mm512_dpbusd_epi32(sum[t], second, four_columns(x[t]->codes + 8 * c + 4));

@@ -62,7 +62,18 @@ PM_INLINE void load_halves(const uint8_t* p, float* out) {
     }
 }
 
-// Packed chunks of 8 columns to two chunks of 4 columns each.
+// 16 exponents of float32 to floats.
+PM_INLINE void load_exponents(const uint8_t* p, float* out) {
+    const uint8x16_t bytes = vld1q_u8(p);
+    const uint16x8_t words[2] = {vmovl_u8(vget_low_u8(bytes)), vmovl_u8(vget_high_u8(bytes))};
+    for (int half = 0; half < 2; half++) {
+        vst1q_f32(out + 8 * half, vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vget_low_u16(words[half])), 23)));
+        vst1q_f32(out + 8 * half + 4, vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vget_high_u16(words[half])), 23)));
+    }
+}
+
+// Packed chunks of 8 columns to two chunks of 4 columns each: codes, for signed_weights.
+template <int FORMAT>
 PM_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* to, int chunks) {
     for (int c = 0; c < chunks; c++) {
         for (int h = 0; h < 64; h += 16) {
@@ -78,6 +89,10 @@ template <int FORMAT>
 PM_INLINE int8x16_t signed_weights(uint8x16_t codes) {
     if (FORMAT == PM_INT4) return vreinterpretq_s8_u8(vsubq_u8(codes, vdupq_n_u8(8)));
     if (FORMAT == PM_INT8) return vreinterpretq_s8_u8(veorq_u8(codes, vdupq_n_u8(128)));
+    if (FORMAT == PM_MXFP4) {
+        const uint8x16_t table = vsubq_u8(vld1q_u8(pm::E2M1), vdupq_n_u8(pm::E2M1_ZERO));
+        return vreinterpretq_s8_u8(vqtbl1q_u8(table, codes));
+    }
     return vreinterpretq_s8_u8(codes);
 }
 
@@ -128,7 +143,8 @@ PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Gr
     int64_t k = 0;
     for (int32_t g = 0; g < a.weight_groups; g++) {
         float scale[16], minimum[16] = {};
-        load_halves(block + g * 32, scale);
+        if (FORMAT == PM_MXFP4) load_exponents(block + g * pm::SCALE_BYTES<FORMAT>, scale);
+        else load_halves(block + g * pm::SCALE_BYTES<FORMAT>, scale);
         if (FORMAT == PM_INT4_ASYMMETRIC) load_halves(block + (a.weight_groups + g) * 32, minimum);
         for (int32_t s = 0; s < a.groups_per_scale; s++, k++, codes += CODE_BYTES) {
             int32x4_t sum[ROWS][4];

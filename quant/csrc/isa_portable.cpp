@@ -67,12 +67,22 @@ PM_INLINE void load_halves(const uint8_t* p, float* out) {
     for (int r = 0; r < pm::ROW_BLOCK; r++) out[r] = pm::half_float(p + 2 * r);
 }
 
-// Packed chunks of 8 columns to two chunks of 4 columns each.
+PM_INLINE void load_exponents(const uint8_t* p, float* out) {
+    for (int r = 0; r < pm::ROW_BLOCK; r++) {
+        const uint32_t bits = static_cast<uint32_t>(p[r]) << 23;
+        memcpy(out + r, &bits, 4);
+    }
+}
+
+// Packed chunks of 8 columns to two chunks of 4 columns each, bytes to multiply by.
+template <int FORMAT>
 PM_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* to, int chunks) {
     for (int c = 0; c < chunks; c++) {
         for (int i = 0; i < 64; i++) to[128 * c + i] = from[64 * c + i] & 15;
         for (int i = 0; i < 64; i++) to[128 * c + 64 + i] = from[64 * c + i] >> 4;
     }
+    if (FORMAT == PM_MXFP4)
+        for (int i = 0; i < 128 * chunks; i++) to[i] = pm::E2M1[to[i]];
 }
 
 // The four columns of each row.
@@ -86,7 +96,8 @@ PM_INLINE void add_fours(const Integer* lanes, int32_t* sum) {
 template <int FORMAT>
 PM_INLINE void add_group(const uint8_t* codes, const float* scale, const float* minimum, const pm::Group& x,
                          float* acc) {
-    constexpr int ZERO = FORMAT == PM_INT4 ? 8 : FORMAT == PM_INT8 ? 128 : 0, LANES = 4 * pm::ROW_BLOCK;
+    constexpr int ZERO = FORMAT == PM_INT4 ? 8 : FORMAT == PM_INT8 ? 128 : FORMAT == PM_MXFP4 ? pm::E2M1_ZERO : 0;
+    constexpr int LANES = 4 * pm::ROW_BLOCK;
     int32_t sum[pm::ROW_BLOCK];
     if (FORMAT == PM_INT8) {
         int32_t lanes[LANES] = {};

@@ -6,7 +6,7 @@
 //     Vec, WIDTH (floats in one), vload, vstore, vset, vadd, vsub, vmul, vdiv, vfma, vmin, vmax, vround, vscale2,
 //     vsum (of all lanes)
 //     max_magnitude_bits, round_codes                                          32 floats to int8
-//     load_half (WIDTH of them), load_halves, unpack_nibbles, prefetch_later
+//     load_half (WIDTH of them), load_halves, load_exponents, unpack_nibbles, prefetch_later
 //     dot_tile       few rows of activations (DIRECT_TILE at most, 0 = there is none) by one block, from packed bytes
 //     panel_tile     some rows (PANEL_TILE at most) by PANEL_BLOCKS blocks or one, from unpacked codes
 //     PANEL_GROUPS, PANEL_ROWS: the size of a panel; PANEL_FROM: fewer rows than this go to dot_tile

@@ -1,4 +1,4 @@
-// Where things lie in a packed matrix: the byte layout of quant/int4.py and quant/int8.py.
+// Where things lie in a packed matrix: the byte layout of quant/int4.py, quant/int8.py and quant/mxfp4.py.
 #ifndef POCKETMOE_LAYOUT_H
 #define POCKETMOE_LAYOUT_H
 
@@ -21,22 +21,25 @@ struct Matrix {
     Matrix() = default;
 
     bool valid() const {
-        return rows > 0 && cols > 0 && format >= PM_INT4 && format <= PM_INT8 &&
-               (group == 32 || group == 64 || group == 128);
+        const bool integers = format >= PM_INT4 && format <= PM_INT8;
+        return rows > 0 && cols > 0 &&
+               (group == 32 ? integers || format == PM_MXFP4 : integers && (group == 64 || group == 128));
     }
     int64_t weight_groups() const { return ceil_div(cols, group); }
     int64_t activation_groups() const { return weight_groups() * (group / COLUMNS); }
     int64_t blocks() const { return ceil_div(rows, ROW_BLOCK); }
     int64_t head_bytes() const {
-        const int planes = format == PM_INT4_ASYMMETRIC ? 2 : 1;
-        return round_up(weight_groups() * ROW_BLOCK * 2 * planes, 64);
+        const int scale_bytes = format == PM_INT4_ASYMMETRIC ? 4 : format == PM_MXFP4 ? 1 : 2;
+        return round_up(weight_groups() * ROW_BLOCK * scale_bytes, 64);
     }
     int64_t block_bytes() const {
         const int64_t codes = weight_groups() * group * ROW_BLOCK;
         return head_bytes() + (format == PM_INT8 ? codes : codes / 2);
     }
     // The code that stands for 0 and is subtracted by Group::start.
-    int32_t zero() const { return format == PM_INT4 ? 8 : format == PM_INT8 ? 128 : 0; }
+    int32_t zero() const {
+        return format == PM_INT4 ? 8 : format == PM_INT8 ? 128 : format == PM_MXFP4 ? E2M1_ZERO : 0;
+    }
 
     // Everything in DotArgs that depends on the matrix and the blocks alone.
     DotArgs block_args(const uint8_t* packed, int64_t first, int64_t last, const float* bias) const {

@@ -1,7 +1,8 @@
 // The C interface of pocketmoe's CPU kernels. Plain C types, no Python, no torch.
 //
-// All matrices are packed as quant/int4.py and quant/int8.py describe. All floats are float32, all sizes are counts of
-// elements unless a name says bytes. Functions return PM_OK or an error code; they never throw and never print.
+// All matrices are packed as quant/int4.py, quant/int8.py and quant/mxfp4.py describe. All floats are float32, all sizes
+// are counts of elements unless a name says bytes. Functions return PM_OK or an error code; they never throw and never
+// print.
 #ifndef POCKETMOE_CPU_H
 #define POCKETMOE_CPU_H
 
@@ -14,14 +15,14 @@
 #endif
 
 // Raised whenever a structure or a signature below changes; quant/native.py refuses another number.
-#define PM_ABI_VERSION 2
+#define PM_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 enum pm_status { PM_OK = 0, PM_OUT_OF_MEMORY = 1, PM_BAD_ARGUMENT = 2 };
-enum pm_format { PM_INT4 = 0, PM_INT4_ASYMMETRIC = 1, PM_INT8 = 2, PM_FLOAT32 = 3 };
+enum pm_format { PM_INT4 = 0, PM_INT4_ASYMMETRIC = 1, PM_INT8 = 2, PM_FLOAT32 = 3, PM_MXFP4 = 4 };
 enum pm_activation { PM_SILU = 0, PM_SILU_CLAMP = 1, PM_GPT_OSS = 2, PM_GELU_TANH = 3, PM_RELU2 = 4 };
 
 // Worker threads, their scratch memory and the instruction set they use. Calls on one context are serialised by a
