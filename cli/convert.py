@@ -34,7 +34,7 @@ def convert(
     dest: Annotated[
         Path, typer.Argument(metavar="DEST", help="The store's directory, which is made.", show_default=False)
     ],
-    codec: Codec = "int4-g32",
+    codec: Codec = None,
     trunk: Trunk = None,
 ) -> None:
     """Convert a checkpoint into an expert store.

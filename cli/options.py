@@ -18,7 +18,13 @@ Trunk = Annotated[
     str | None,
     typer.Option(help=f"{TRUNK_HELP} Default: int8-g32; keep with a lossless codec."),
 ]
-Codec = Annotated[str, typer.Option(help="Record format: int4-g32, -g64 or -g128 (each also -asym), bf16, f16, f32.")]
+Codec = Annotated[
+    str | None,
+    typer.Option(
+        help="Record format: int4-g32, -g64 or -g128 (each also -asym), mxfp4, bf16, f16, f32. "
+        "Default: mxfp4 for experts that ship so, else int4-g32."
+    ),
+]
 
 
 CONVERSION = ("codec", "trunk")
@@ -58,7 +64,10 @@ class LoadOptions:
     ] = None
     codec: Annotated[
         str | None,
-        typer.Option(help="Record format when a checkpoint is converted on first use. Default: int4-g32."),
+        typer.Option(
+            help="Record format when a checkpoint is converted on first use. Default: mxfp4 for "
+            "experts that ship so, else int4-g32."
+        ),
     ] = None
     trunk: Annotated[
         str | None,

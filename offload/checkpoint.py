@@ -10,11 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..quant.codecs import Weight
 from . import hf
+from .config import MXFP4
 from .errors import DataError, PocketMoEError
 from .hf_keys import KeyMap
 from .manifest import MANIFEST
 from .packing import packable_names
+from .prequantized import join_mxfp4
 from .source import MoeLayer, OnNotice
 from .tensorfile import TensorEntry, read_header
 
@@ -42,12 +45,11 @@ class CheckpointSource:
             raise DataError(f"{path} is a pocketmoe store already; give the checkpoint that it was made from")
         self.config = _read_config_json(path)
         config = _of_config(path, hf.read_config, path)
-        if getattr(config, "quantization_config", None) is not None:
-            method = config.quantization_config
-            method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", "?")
-            raise DataError(f"{path} is quantised ({method}); only bf16, f16 and f32 checkpoints can be converted yet")
-        entries = _find_tensors(path)
-        self.dtype = _main_dtype(config, entries)
+        self.quantization = _quantization(path, config)
+        self.config.pop("quantization_config", None)  # a store says itself how its records are packed
+        tensors = _find_tensors(path)
+        self.dtype = _main_dtype(config, tensors)
+        entries = join_mxfp4(tensors) if self.quantization == MXFP4 else tensors
         self.skeleton = _of_config(path, hf.build_skeleton, config, self.dtype)
         for layer in self.layers():
             if not 1 <= layer.top_k <= layer.num_experts:
@@ -64,7 +66,7 @@ class CheckpointSource:
     def layers(self) -> list[MoeLayer]:
         return [site.layer for site in self.skeleton.sites]
 
-    def expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:
+    def expert(self, layer: int, index: int) -> dict[str, Weight]:
         return self._keys.expert(layer, index)
 
     def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -113,6 +115,20 @@ def _of_config(path: Path, function: Callable[..., _T], *args: Any) -> _T:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path / 'config.json'} cannot be used: {reason}") from error
+
+
+def _quantization(path: Path, config: Any) -> str | None:
+    """The format that the experts ship in; None when they are not quantised."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if method != MXFP4:
+        raise DataError(
+            f"{path} is quantised ({method or '?'}); only bf16, f16, f32 and MXFP4 checkpoints can be converted yet"
+        )
+    del config.quantization_config
+    return MXFP4
 
 
 def _find_tensors(path: Path) -> dict[str, TensorEntry]:
@@ -183,6 +199,7 @@ def _main_dtype(config: Any, entries: dict[str, TensorEntry]) -> torch.dtype:
         return config.dtype
     sizes: dict[str, int] = {}
     for entry in entries.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+        if entry.dtype != "U8":  # packed weights of any dtype
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     common = max(sizes, key=lambda name: sizes[name], default="F32")
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(common, torch.float32)

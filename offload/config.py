@@ -12,6 +12,9 @@ IO_MODES = ("direct", "mmap", "buffered")
 KEEP = "keep"
 """Trunk format: as it ships."""
 DEFAULT_TRUNK = "int8-g32"
+DEFAULT_CODEC = "int4-g32"
+MXFP4 = "mxfp4"
+"""The codec that keeps the values of experts that ship in MXFP4, and what their config calls it."""
 _LOSSLESS_CODECS = ("bf16", "f16", "f32")
 KERNELS = ("auto", "native", "torch")
 KV_DTYPES = ("auto", "f16", "model")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.integrations.moe import ExpertsInterface
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..quant.activations import Activation, apply
-from ..quant.codecs import ExpertShape
+from ..quant.codecs import ExpertShape, Weight
 from .errors import DataError
 from .kv_cache import allocates_ahead, cache_bytes, new_kv_cache
 from .source import MoeLayer
@@ -56,17 +56,22 @@ class MoeSite:
     predictable: bool = False
     """Whether the router can be run on a guess: it takes hidden states alone and returns indices."""
 
-    def split(self, params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """One expert in the module's own layout -> the parts of `ExpertShape.parts()`, Linear order [out, in]."""
-        module, parts = self.experts, {}
+    def split(self, params: Mapping[str, Weight]) -> dict[str, Weight]:
+        """One expert in the module's own layout -> the parts of `ExpertShape.parts()`, Linear order [out, in].
+
+        MXFP4 matrices are in Linear order already.
+        """
+        module: Any = self.experts
+        parts: dict[str, Weight] = {}
         for name, tensor in params.items():
-            matrix = tensor.T if module.is_transposed and tensor.dim() == 2 else tensor
+            if isinstance(tensor, torch.Tensor) and module.is_transposed and tensor.dim() == 2:
+                tensor = tensor.T
             if name.startswith("gate_up_proj"):
-                suffix = name.removeprefix("gate_up_proj")
-                gate, up = matrix.chunk(2, 0) if module.is_concatenated else (matrix[0::2], matrix[1::2])
-                parts["gate_proj" + suffix], parts["up_proj" + suffix] = gate, up
+                suffix, half = name.removeprefix("gate_up_proj"), tensor.shape[0] // 2
+                parts["gate_proj" + suffix] = tensor[:half] if module.is_concatenated else tensor[0::2]
+                parts["up_proj" + suffix] = tensor[half:] if module.is_concatenated else tensor[1::2]
             else:
-                parts[name] = matrix
+                parts[name] = tensor
         return {name: parts[name].contiguous() for name in self.layer.shape.parts()}
 
     def join(self, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from ..quant.codecs import Weight
 from .errors import DataError
 from .hf import MoeSite, Skeleton
+from .prequantized import Mxfp4Entry
 from .tensorfile import TensorEntry
 
 
@@ -26,6 +28,8 @@ class _Target(NamedTuple):
 
     converter: Any
     sources: dict[str | None, list[TensorEntry]]
+    packed: Mxfp4Entry | None = None
+    """Instead of sources: a parameter that ships in MXFP4."""
 
 
 class KeyMap:
@@ -35,7 +39,7 @@ class KeyMap:
         DataError: a parameter of the model has no source, or an expert is missing; the message names the first.
     """
 
-    def __init__(self, skeleton: Skeleton, entries: dict[str, TensorEntry]) -> None:
+    def __init__(self, skeleton: Skeleton, entries: Mapping[str, TensorEntry | Mxfp4Entry]) -> None:
         self.skeleton = skeleton
         model = skeleton.model
         transforms = get_model_conversion_mapping(model)
@@ -51,8 +55,12 @@ class KeyMap:
             if name not in skeleton.full_state:
                 self.unknown.append(key)
                 continue
+            entry = entries[key]
+            if isinstance(entry, Mxfp4Entry):
+                targets[name] = _Target(None, {}, entry)
+                continue
             target = targets.setdefault(name, _Target(by_pattern.get(pattern or ""), defaultdict(list)))
-            target.sources[pattern].append(entries[key])
+            target.sources[pattern].append(entry)
         self._experts = [
             {param: self._expert_target(site, param, targets) for param in site.params} for site in skeleton.sites
         ]
@@ -60,6 +68,8 @@ class KeyMap:
         for name in skeleton.trunk_names():
             if name in targets:
                 self._trunk[name] = target = targets[name]
+                if target.packed is not None:
+                    raise DataError(f"{name} is in MXFP4, which can be read for routed experts only")
                 if target.converter is None:
                     self._check_shape(name, next(iter(target.sources.values()))[0].shape)
             elif not any(name in _produced(t, n) for n, t in targets.items()):
@@ -69,6 +79,15 @@ class KeyMap:
         target = targets.get(f"{site.name}.{param}")
         if target is None:
             raise DataError(f"the checkpoint has no tensor for {site.name}.{param}; is a shard missing?")
+        if target.packed is not None:
+            want = site.params[param][0]
+            if len(want) == 3 and site.experts.is_transposed:
+                want = (want[0], want[2], want[1])
+            if target.packed.shape != want:
+                raise DataError(
+                    f"{site.name}.{param} has MXFP4 tensors for the shape {target.packed.shape}, the config says {want}"
+                )
+            return target
         wanted = set(target.converter.source_patterns) if target.converter is not None else {None}
         if set(target.sources) != wanted:
             raise DataError(
@@ -88,11 +107,14 @@ class KeyMap:
                 raise DataError(f"{what} has {count} experts in the checkpoint, the config says {wanted_count}")
         return target
 
-    def expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:
+    def expert(self, layer: int, index: int) -> dict[str, Weight]:
         """One expert's tensors, as parts of its `ExpertShape`, in the checkpoint's dtype."""
         site = self.skeleton.sites[layer]
-        params = {}
+        params: dict[str, Weight] = {}
         for param, target in self._experts[layer].items():
+            if target.packed is not None:
+                params[param] = target.packed.read_expert(index)
+                continue
             data = {
                 pattern: [found[index].read()[None] if pattern is None else found[index].read()]
                 if _per_expert(pattern, found)

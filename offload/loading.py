@@ -6,6 +6,7 @@ this one stays small.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import platformdirs
 import xxhash
 
 from .apart import run_apart
-from .config import OffloadConfig, default_trunk
+from .config import DEFAULT_CODEC, MXFP4, OffloadConfig, default_trunk
 from .errors import DataError
 from .manifest import is_store, read_identity
 from .memory import left_for_child
@@ -23,7 +24,7 @@ from .source import OnNotice, OnProgress
 if TYPE_CHECKING:
     from .model import Model
 
-DEFAULT_CODEC = "int4-g32"
+_KEPT = " (the values that the experts ship with)"
 
 
 def load(
@@ -40,7 +41,7 @@ def load(
     Args:
         path: a store, a checkpoint directory (converted into the user's cache folder on first use), or the id of a
             repository in the local Hugging Face cache.
-        codec: record format for a conversion, "int4-g32" by default.
+        codec: record format for a conversion; by default "mxfp4" for experts that ship so, else "int4-g32".
         trunk: format of the large trunk matrices for a conversion, "int8-g32" by default; "keep" leaves them.
         on_progress: called with `Progress` during long steps.
         on_notice: called with a sentence whenever something is chosen or falls back.
@@ -75,7 +76,7 @@ def find_store(
         local = _hub_snapshot(str(path))
     if is_store(local):
         return local
-    codec = codec or DEFAULT_CODEC
+    codec = codec or default_codec(local)
     trunk = trunk or default_trunk(codec)
     resolved = local.resolve()
     name = "--".join(resolved.parts[-3:] if resolved.parent.name == "snapshots" else resolved.parts[-1:])
@@ -88,7 +89,7 @@ def find_store(
             return dest
         notice(f"{obstacle}; converting {local} again")
         shutil.rmtree(dest)
-    notice(f"converting {local} to {codec} in {dest}, once")
+    notice(f"converting {local} to {codec}{_KEPT if codec == MXFP4 else ''} in {dest}, once")
     request = {"path": str(local), "dest": str(dest), "codec": codec, "trunk": trunk, "ram": left_for_child(ram)}
     return Path(run_apart(f"{__name__}:convert_checkpoint", request, on_progress, on_notice))
 
@@ -96,18 +97,33 @@ def find_store(
 def convert_checkpoint(
     path: str | Path,
     dest: str | Path,
-    codec: str,
+    codec: str | None = None,
     trunk: str | None = None,
     ram: int | None = None,
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
 ) -> Path:
-    """`convert` of a checkpoint directory, in this process."""
+    """`convert` of a checkpoint directory, in this process; the default codec is that of `load`."""
     from .checkpoint import CheckpointSource
     from .convert import convert
 
+    notice = on_notice or (lambda _: None)
     source = CheckpointSource(Path(path), on_notice)
+    if codec is None and default_codec(Path(path)) == MXFP4:
+        notice(f"converting to {MXFP4}{_KEPT}")
+    codec = codec or default_codec(Path(path))
+    if source.quantization == MXFP4 and codec not in (MXFP4, "bf16", "f32"):
+        notice(f"the experts ship in MXFP4, and {codec} changes their values; {MXFP4} keeps them")
     return convert(source, Path(dest), codec, on_progress, on_notice, trunk, ram)
+
+
+def default_codec(checkpoint: Path) -> str:
+    """The codec that keeps experts as they ship, where there is one. What is wrong with a config is said elsewhere."""
+    try:
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        return MXFP4 if config["quantization_config"]["quant_method"] == MXFP4 else DEFAULT_CODEC
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return DEFAULT_CODEC
 
 
 def _out_of_date(store: Path, checkpoint: Path) -> str | None:

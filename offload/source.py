@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # progress and notices are wanted where torch is not loaded
     import torch
 
-    from ..quant.codecs import ExpertShape
+    from ..quant.codecs import ExpertShape, Weight
 
 
 class Progress(NamedTuple):
@@ -48,7 +48,7 @@ class Source(Protocol):
         """The MoE layers in order; `ExpertId.layer` is an index into this list."""
         ...
 
-    def expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:
+    def expert(self, layer: int, index: int) -> Mapping[str, Weight]:
         """The tensors of one expert under the names and in the shapes of `ExpertShape.parts()`."""
         ...
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -60,7 +61,8 @@ def test_experts_and_trunk_of_any_layout_dtype_and_sharding_come_back_bit_for_bi
     want = stock.state_dict()
     for site in source.skeleton.sites:
         for index in range(site.layer.num_experts):
-            for param, tensor in site.join(source.expert(site.index, index)).items():
+            parts: Any = source.expert(site.index, index)
+            for param, tensor in site.join(parts).items():
                 assert tensor.dtype == dtype and torch.equal(tensor, want[f"{site.name}.{param}"][index])
     dest = convert(source, tmp_path / "store", codec)
     assert verify_store(dest) == []

@@ -17,12 +17,12 @@ PARTS = {"quant": set(), "cache": set(), "offload": {"quant", "cache"}, "cli": {
 MOST_LINES = 400
 # A file imports only files to its left. Those that are not named here are free, as long as nothing goes in circles.
 ORDER = {
-    "quant": "int4 codecs kernels native native_step triton_kernels linear",
+    "quant": "int4 int8 mxfp4 codecs kernels native native_step triton_kernels linear",
     "cache": "expert units order published forecast policy manager report stats trace replay advice",
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (
-        "errors config memory source apart kv_cache hf hf_layers workspace checkpoint convert store tiers transfer "
-        "predictor prefetch recorder runtime lean generate model loading demo_store demo"
+        "errors config memory source apart kv_cache hf prequantized hf_keys hf_layers workspace checkpoint convert "
+        "store tiers transfer predictor prefetch recorder runtime lean generate model loading demo_store demo"
     ),
 }
 FILES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))

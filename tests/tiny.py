@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,31 @@ def make_checkpoint(path: Path, name: str, dtype: torch.dtype = torch.float32, s
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(path, max_shard_size="5GB" if shards == 1 else f"{max(1, size // shards // 1000)}KB")
     return model
+
+
+def make_mxfp4_checkpoint(path: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """Write a gpt_oss checkpoint with random MXFP4 experts, as openai/gpt-oss-20b has them, and return the stock model
+    that holds the same weights."""
+    from safetensors.torch import load_file, save_file
+    from transformers.utils.quantization_config import Mxfp4Config
+
+    make_checkpoint(path, "gpt_oss", dtype, **changes)
+    tensors = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, cols, rows = tensors.pop(name).shape
+        size = (experts, rows, cols // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*size, 16), generator=generator, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 123, size, generator=generator, dtype=torch.uint8)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    content["quantization_config"] = {"modules_to_not_convert": kept, "quant_method": "mxfp4"}
+    del content["dtype"]  # as upstream's own has none
+    (path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    return AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=Mxfp4Config(dequantize=True), dtype=dtype, experts_implementation="eager"
+    ).eval()
 
 
 CHAT_VOCABULARY = 6 + 95
