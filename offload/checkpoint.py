@@ -12,12 +12,11 @@ import torch
 
 from ..quant.codecs import Weight
 from . import hf
-from .config import MXFP4
 from .errors import DataError, PocketMoEError
 from .hf_keys import KeyMap
 from .manifest import MANIFEST
 from .packing import packable_names
-from .prequantized import join_mxfp4
+from .prequantized import join_quantized
 from .source import MoeLayer, OnNotice
 from .tensorfile import TensorEntry, read_header
 
@@ -45,11 +44,11 @@ class CheckpointSource:
             raise DataError(f"{path} is a pocketmoe store already; give the checkpoint that it was made from")
         self.config = _read_config_json(path)
         config = _of_config(path, hf.read_config, path)
-        self.quantization = _quantization(path, config)
-        self.config.pop("quantization_config", None)  # a store says itself how its records are packed
+        quantization = _take_quantization(self.config, config)
+        self.quantization: str | None = quantization.get("quant_method") if quantization else None
         tensors = _find_tensors(path)
         self.dtype = _main_dtype(config, tensors)
-        entries = join_mxfp4(tensors) if self.quantization == MXFP4 else tensors
+        entries = join_quantized(path, tensors, quantization, self.dtype) if quantization else tensors
         self.skeleton = _of_config(path, hf.build_skeleton, config, self.dtype)
         for layer in self.layers():
             if not 1 <= layer.top_k <= layer.num_experts:
@@ -58,7 +57,7 @@ class CheckpointSource:
                     f"{layer.num_experts}"
                 )
         self._keys = KeyMap(self.skeleton, entries)
-        self._files = sorted({entry.path for entry in entries.values()})
+        self._files = sorted({entry.path for entry in tensors.values()})
         if self._keys.unknown and on_notice is not None:
             names = ", ".join(self._keys.unknown[:5])
             on_notice(f"{len(self._keys.unknown)} tensors of the checkpoint are not used by the model: {names}")
@@ -117,18 +116,14 @@ def _of_config(path: Path, function: Callable[..., _T], *args: Any) -> _T:
         raise DataError(f"{path / 'config.json'} cannot be used: {reason}") from error
 
 
-def _quantization(path: Path, config: Any) -> str | None:
-    """The format that the experts ship in; None when they are not quantised."""
-    found = getattr(config, "quantization_config", None)
+def _take_quantization(content: dict[str, Any], config: Any) -> dict[str, Any] | None:
+    """What config.json says of packed weights, taken out: a store says itself how its records are packed."""
+    found = content.pop("quantization_config", None)
     if found is None:
         return None
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    if method != MXFP4:
-        raise DataError(
-            f"{path} is quantised ({method or '?'}); only bf16, f16, f32 and MXFP4 checkpoints can be converted yet"
-        )
-    del config.quantization_config
-    return MXFP4
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return found if isinstance(found, dict) else {"quant_method": str(found)}
 
 
 def _find_tensors(path: Path) -> dict[str, TensorEntry]:
@@ -199,7 +194,7 @@ def _main_dtype(config: Any, entries: dict[str, TensorEntry]) -> torch.dtype:
         return config.dtype
     sizes: dict[str, int] = {}
     for entry in entries.values():
-        if entry.dtype != "U8":  # packed weights of any dtype
+        if entry.dtype in ("F32", "F16", "BF16"):  # others are packed weights
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     common = max(sizes, key=lambda name: sizes[name], default="F32")
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(common, torch.float32)

@@ -19,15 +19,17 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from ..quant.codecs import Weight
 from .errors import DataError
 from .hf import MoeSite, Skeleton
-from .prequantized import Mxfp4Entry
+from .prequantized import Entry, Fp8Entry, Mxfp4Entry
 from .tensorfile import TensorEntry
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class _Target(NamedTuple):
     """What one parameter is made of: source tensors per pattern of the converter (None: taken as it is)."""
 
     converter: Any
-    sources: dict[str | None, list[TensorEntry]]
+    sources: dict[str | None, list[TensorEntry | Fp8Entry]]
     packed: Mxfp4Entry | None = None
     """Instead of sources: a parameter that ships in MXFP4."""
 
@@ -39,7 +41,7 @@ class KeyMap:
         DataError: a parameter of the model has no source, or an expert is missing; the message names the first.
     """
 
-    def __init__(self, skeleton: Skeleton, entries: Mapping[str, TensorEntry | Mxfp4Entry]) -> None:
+    def __init__(self, skeleton: Skeleton, entries: Mapping[str, Entry]) -> None:
         self.skeleton = skeleton
         model = skeleton.model
         transforms = get_model_conversion_mapping(model)
@@ -59,6 +61,10 @@ class KeyMap:
             if isinstance(entry, Mxfp4Entry):
                 targets[name] = _Target(None, {}, entry)
                 continue
+            if skeleton.full_state[name].is_floating_point() and entry.dtype not in _FLOATS:
+                raise DataError(
+                    f"{entry.path}: tensor {key} is {entry.dtype}, and config.json does not say how to read it"
+                )
             target = targets.setdefault(name, _Target(by_pattern.get(pattern or ""), defaultdict(list)))
             target.sources[pattern].append(entry)
         self._experts = [
@@ -187,11 +193,11 @@ class KeyMap:
         }
 
 
-def _per_expert(pattern: str | None, found: list[TensorEntry]) -> bool:
+def _per_expert(pattern: str | None, found: list[TensorEntry | Fp8Entry]) -> bool:
     return len(found) > 1 or (pattern is not None and "*" in pattern)
 
 
-def _expert_numbers(found: list[TensorEntry]) -> list[int]:
+def _expert_numbers(found: list[TensorEntry | Fp8Entry]) -> list[int]:
     """The expert that each of these tensors belongs to: the one number in which their names differ."""
     numbers = [set(column) for column in zip(*(re.findall(r"\d+", entry.name) for entry in found), strict=False)]
     varying = max(numbers, key=len, default=set())

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from ..quant.mxfp4 import GROUP, Mxfp4Matrix
+from .config import MXFP4
 from .errors import DataError
-from .tensorfile import TensorEntry
+from .tensorfile import DTYPE_NAMES, TensorEntry
 
+FP8 = "fp8"
 _BLOCKS, _SCALES = "_blocks", "_scales"
+_FP8_SCALE = "_scale_inv"
 
 
 class Mxfp4Entry(NamedTuple):
@@ -36,13 +41,108 @@ class Mxfp4Entry(NamedTuple):
         return Mxfp4Matrix(self.blocks.read_index(index)[0], self.scales.read_index(index)[0])
 
 
-def join_mxfp4(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry | Mxfp4Entry]:
-    """Replace each pair NAME_blocks and NAME_scales by one entry NAME; all other tensors stay.
+class Fp8Entry(NamedTuple):
+    """A matrix in FP8 with a scale for each block of it, as DeepSeek ships; read as what it stands for.
+
+    Blocks at the lower and right edges may be cut short.
+    """
+
+    weight: TensorEntry
+    """F8_E4M3 [rows, cols]."""
+    scale: TensorEntry
+    """[ceil(rows / block rows), ceil(cols / block cols)], floats to multiply by."""
+    block: tuple[int, int]
+    to: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def path(self) -> Path:
+        return self.weight.path
+
+    @property
+    def dtype(self) -> str:
+        return DTYPE_NAMES[self.to]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the file and of the matrix that `read` makes."""
+        return self.weight.nbytes * (1 + self.to.itemsize) + self.scale.nbytes
+
+    def read(self) -> torch.Tensor:
+        weight, scales = self.weight.read(), self.scale.read().float()
+        out, (height, width) = torch.empty(weight.shape, dtype=self.to), self.block
+        for i, of_row in enumerate(scales):
+            rows = slice(i * height, (i + 1) * height)
+            out[rows] = weight[rows].float() * of_row.repeat_interleave(width)[: weight.shape[1]]
+        return out
+
+    def read_index(self, index: int) -> torch.Tensor:
+        """A row, [1, cols]; reads them all."""
+        return self.read()[index : index + 1]
+
+
+Entry = TensorEntry | Fp8Entry | Mxfp4Entry
+
+
+def join_quantized(
+    path: Path, entries: dict[str, TensorEntry], how: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Entry]:
+    """Replace tensors that only together make up a weight by one entry under its name; all others stay.
+
+    Args:
+        path: of the checkpoint, for messages.
+        how: the `quantization_config` of config.json.
+        dtype: to dequantise to, where values are not kept packed.
 
     Raises:
-        DataError: one of a pair is missing, or the two do not fit together.
+        DataError: the format is not supported, or tensors are missing or do not fit together.
     """
-    joined: dict[str, TensorEntry | Mxfp4Entry] = {}
+    method = how.get("quant_method")
+    if method == MXFP4:
+        return join_mxfp4(entries)
+    block = how.get("weight_block_size")
+    if method == FP8 and isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
+        return join_fp8(entries, (block[0], block[1]), dtype)
+    what = f"{method} without weight_block_size" if method == FP8 else method or "?"
+    raise DataError(f"{path} is quantised ({what}); only bf16, f16, f32, MXFP4 and FP8 in blocks can be converted yet")
+
+
+def join_fp8(entries: dict[str, TensorEntry], block: tuple[int, int], dtype: torch.dtype) -> dict[str, Entry]:
+    """`join_quantized` for each pair NAME in FP8 and NAME_scale_inv."""
+    joined: dict[str, Entry] = {}
+    for key, entry in entries.items():
+        if key.endswith(_FP8_SCALE):
+            if key.removesuffix(_FP8_SCALE) not in entries:
+                raise DataError(f"{entry.path}: tensor {key} comes without what it scales; is a shard missing?")
+            continue
+        scale = entries.get(key + _FP8_SCALE)
+        if entry.dtype != "F8_E4M3":
+            if scale is not None:
+                raise DataError(f"{entry.path}: tensor {key} has scales but dtype {entry.dtype}, not F8_E4M3")
+            joined[key] = entry
+            continue
+        if scale is None:
+            raise DataError(f"{entry.path}: tensor {key} comes without {key}{_FP8_SCALE}; is a shard missing?")
+        want = tuple(-(-size // step) for size, step in zip(entry.shape, block, strict=False))
+        if len(entry.shape) != 2 or scale.shape != want or scale.dtype not in ("F32", "BF16", "F16"):
+            raise DataError(
+                f"{scale.path}: tensor {scale.name} has shape {scale.shape} and dtype {scale.dtype}, which does not "
+                f"fit {entry.shape} of {key} in blocks of {block[0]} x {block[1]}"
+            )
+        joined[key] = Fp8Entry(entry, scale, block, dtype)
+    return joined
+
+
+def join_mxfp4(entries: dict[str, TensorEntry]) -> dict[str, Entry]:
+    """`join_quantized` for each pair NAME_blocks and NAME_scales."""
+    joined: dict[str, Entry] = {}
     for key, entry in entries.items():
         name, suffix = key[: -len(_BLOCKS)], key[-len(_BLOCKS) :]
         if suffix not in (_BLOCKS, _SCALES):
