@@ -22,7 +22,7 @@ Codec = Annotated[
     str | None,
     typer.Option(
         help="Record format: int4-g32, -g64 or -g128 (each also -asym), mxfp4, bf16, f16, f32. "
-        "Default: mxfp4 for experts that ship so, else int4-g32."
+        "Default: what keeps the values of experts that ship packed, else int4-g32."
     ),
 ]
 
@@ -65,8 +65,8 @@ class LoadOptions:
     codec: Annotated[
         str | None,
         typer.Option(
-            help="Record format when a checkpoint is converted on first use. Default: mxfp4 for "
-            "experts that ship so, else int4-g32."
+            help="Record format when a checkpoint is converted on first use. Default: what keeps "
+            "the values of experts that ship packed, else int4-g32."
         ),
     ] = None
     trunk: Annotated[

@@ -12,6 +12,7 @@ import torch
 
 from ..quant.codecs import Weight
 from . import hf
+from .config import kept_codec
 from .errors import DataError, PocketMoEError
 from .hf_keys import KeyMap
 from .manifest import MANIFEST
@@ -45,7 +46,8 @@ class CheckpointSource:
         self.config = _read_config_json(path)
         config = _of_config(path, hf.read_config, path)
         quantization = _take_quantization(self.config, config)
-        self.quantization: str | None = quantization.get("quant_method") if quantization else None
+        self.kept_codec = kept_codec(quantization)
+        """The codec that keeps the values of experts that ship packed."""
         tensors = _find_tensors(path)
         self.dtype = _main_dtype(config, tensors)
         entries = join_quantized(path, tensors, quantization, self.dtype) if quantization else tensors

@@ -14,7 +14,7 @@ KEEP = "keep"
 DEFAULT_TRUNK = "int8-g32"
 DEFAULT_CODEC = "int4-g32"
 MXFP4 = "mxfp4"
-"""The codec that keeps the values of experts that ship in MXFP4, and what their config calls it."""
+"""A codec, and what the config of a checkpoint calls experts of its values."""
 _LOSSLESS_CODECS = ("bf16", "f16", "f32")
 KERNELS = ("auto", "native", "torch")
 KV_DTYPES = ("auto", "f16", "model")
@@ -73,6 +73,29 @@ class OffloadConfig:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a positive whole number, not {value!r}")
         return config
+
+
+def kept_codec(quantization: Any) -> str | None:
+    """The codec that keeps the values of a packed checkpoint.
+
+    Args:
+        quantization: the `quantization_config` of config.json.
+
+    Returns:
+        None when the checkpoint is not packed, or in a way that no codec keeps.
+    """
+    try:
+        if quantization["quant_method"] == MXFP4:
+            return MXFP4
+        if (quantization["quant_method"], quantization["format"]) != ("compressed-tensors", "pack-quantized"):
+            return None
+        kinds = {
+            tuple(group["weights"][name] for name in ("num_bits", "type", "symmetric", "strategy", "group_size"))
+            for group in quantization["config_groups"].values()
+        }
+    except (TypeError, KeyError, AttributeError):
+        return None
+    return next((f"int4-g{size}" for size in (32, 64, 128) if kinds == {(4, "int", True, "group", size)}), None)
 
 
 def default_trunk(codec: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from ..quant.codecs import Weight
+from ..quant.int4 import Int4Matrix
 from .errors import DataError
 from .hf import MoeSite, Skeleton
-from .prequantized import Entry, Fp8Entry, Mxfp4Entry
-from .tensorfile import TensorEntry
+from .prequantized import Entry, Int4Entry, Mxfp4Entry, Readable
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -29,7 +29,7 @@ class _Target(NamedTuple):
     """What one parameter is made of: source tensors per pattern of the converter (None: taken as it is)."""
 
     converter: Any
-    sources: dict[str | None, list[TensorEntry | Fp8Entry]]
+    sources: dict[str | None, list[Readable]]
     packed: Mxfp4Entry | None = None
     """Instead of sources: a parameter that ships in MXFP4."""
 
@@ -121,21 +121,42 @@ class KeyMap:
             if target.packed is not None:
                 params[param] = target.packed.read_expert(index)
                 continue
-            data = {
-                pattern: [found[index].read()[None] if pattern is None else found[index].read()]
-                if _per_expert(pattern, found)
-                else [found[0].read_index(index)]
-                for pattern, found in target.sources.items()
-            }
-            name = f"{site.name}.{param}"
-            tensor = next(iter(self._convert(name, target, data).values()))
-            shape = site.params[param][0][1:]
-            if tuple(tensor.shape) != (1, *shape):
-                raise DataError(
-                    f"expert {index} of {name} has shape {tuple(tensor.shape[1:])}, the config says {shape}"
-                )
-            params[param] = tensor[0]
+            name, shape = f"{site.name}.{param}", site.params[param][0][1:]
+            matrix = self._packed_expert(name, target, index, shape)
+            if matrix is None:
+                tensor = self._gather(name, target, index)
+                if tuple(tensor.shape) != (1, *shape):
+                    raise DataError(
+                        f"expert {index} of {name} has shape {tuple(tensor.shape[1:])}, the config says {shape}"
+                    )
+                matrix = tensor[0]
+            params[param] = matrix
         return site.split(params)
+
+    def _gather(
+        self, name: str, target: _Target, index: int, pick: Callable[[Any], Readable] = lambda entry: entry
+    ) -> torch.Tensor:
+        """One expert's parameter as a batch of one, made by the library's operations of what `pick` takes of its
+        sources."""
+        data = {
+            pattern: [pick(found[index]).read()[None] if pattern is None else pick(found[index]).read()]
+            if _per_expert(pattern, found)
+            else [pick(found[0]).read_index(index)]
+            for pattern, found in target.sources.items()
+        }
+        return next(iter(self._convert(name, target, data).values()))
+
+    def _packed_expert(self, name: str, target: _Target, index: int, shape: tuple[int, ...]) -> Int4Matrix | None:
+        """One expert's parameter from codes and scales that go through the operations apart, and stay packed.
+
+        None where the sources are not INT4, or the operations do more than put rows together, which the shapes show.
+        """
+        if not all(isinstance(entry, Int4Entry) for found in target.sources.values() for entry in found):
+            return None
+        words = self._gather(name, target, index, lambda entry: entry.words)
+        scales = self._gather(name, target, index, lambda entry: entry.scales)
+        fits = tuple(words.shape) == (1, shape[0], shape[1] // 8) and tuple(scales.shape[:2]) == (1, shape[0])
+        return Int4Matrix(words[0], scales[0]) if fits else None
 
     def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All trunk parameters, one conversion group at a time."""
@@ -193,11 +214,11 @@ class KeyMap:
         }
 
 
-def _per_expert(pattern: str | None, found: list[TensorEntry | Fp8Entry]) -> bool:
+def _per_expert(pattern: str | None, found: list[Readable]) -> bool:
     return len(found) > 1 or (pattern is not None and "*" in pattern)
 
 
-def _expert_numbers(found: list[TensorEntry | Fp8Entry]) -> list[int]:
+def _expert_numbers(found: list[Readable]) -> list[int]:
     """The expert that each of these tensors belongs to: the one number in which their names differ."""
     numbers = [set(column) for column in zip(*(re.findall(r"\d+", entry.name) for entry in found), strict=False)]
     varying = max(numbers, key=len, default=set())

@@ -15,7 +15,7 @@ import platformdirs
 import xxhash
 
 from .apart import run_apart
-from .config import DEFAULT_CODEC, MXFP4, OffloadConfig, default_trunk
+from .config import DEFAULT_CODEC, MXFP4, OffloadConfig, default_trunk, kept_codec
 from .errors import DataError
 from .manifest import is_store, read_identity
 from .memory import left_for_child
@@ -41,7 +41,8 @@ def load(
     Args:
         path: a store, a checkpoint directory (converted into the user's cache folder on first use), or the id of a
             repository in the local Hugging Face cache.
-        codec: record format for a conversion; by default "mxfp4" for experts that ship so, else "int4-g32".
+        codec: record format for a conversion; by default what keeps the values of experts that ship packed,
+            "mxfp4" or an INT4, else "int4-g32".
         trunk: format of the large trunk matrices for a conversion, "int8-g32" by default; "keep" leaves them.
         on_progress: called with `Progress` during long steps.
         on_notice: called with a sentence whenever something is chosen or falls back.
@@ -76,7 +77,8 @@ def find_store(
         local = _hub_snapshot(str(path))
     if is_store(local):
         return local
-    codec = codec or default_codec(local)
+    kept = _kept_codec(local)
+    codec = codec or kept or DEFAULT_CODEC
     trunk = trunk or default_trunk(codec)
     resolved = local.resolve()
     name = "--".join(resolved.parts[-3:] if resolved.parent.name == "snapshots" else resolved.parts[-1:])
@@ -89,7 +91,7 @@ def find_store(
             return dest
         notice(f"{obstacle}; converting {local} again")
         shutil.rmtree(dest)
-    notice(f"converting {local} to {codec}{_KEPT if codec == MXFP4 else ''} in {dest}, once")
+    notice(f"converting {local} to {codec}{_KEPT if codec == kept else ''} in {dest}, once")
     request = {"path": str(local), "dest": str(dest), "codec": codec, "trunk": trunk, "ram": left_for_child(ram)}
     return Path(run_apart(f"{__name__}:convert_checkpoint", request, on_progress, on_notice))
 
@@ -109,21 +111,21 @@ def convert_checkpoint(
 
     notice = on_notice or (lambda _: None)
     source = CheckpointSource(Path(path), on_notice)
-    if codec is None and default_codec(Path(path)) == MXFP4:
-        notice(f"converting to {MXFP4}{_KEPT}")
-    codec = codec or default_codec(Path(path))
-    if source.quantization == MXFP4 and codec not in (MXFP4, "bf16", "f32"):
-        notice(f"the experts ship in MXFP4, and {codec} changes their values; {MXFP4} keeps them")
+    if codec is None and source.kept_codec is not None:
+        notice(f"converting to {source.kept_codec}{_KEPT}")
+    codec = codec or source.kept_codec or DEFAULT_CODEC
+    exact = (source.kept_codec, "f32", "bf16" if source.kept_codec == MXFP4 else None)
+    if source.kept_codec is not None and codec not in exact:
+        notice(f"{codec} changes the values that the experts ship with; {source.kept_codec} keeps them")
     return convert(source, Path(dest), codec, on_progress, on_notice, trunk, ram)
 
 
-def default_codec(checkpoint: Path) -> str:
-    """The codec that keeps experts as they ship, where there is one. What is wrong with a config is said elsewhere."""
+def _kept_codec(checkpoint: Path) -> str | None:
+    """`kept_codec` of a checkpoint; what is wrong with its config is said elsewhere."""
     try:
-        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        return MXFP4 if config["quantization_config"]["quant_method"] == MXFP4 else DEFAULT_CODEC
+        return kept_codec(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return DEFAULT_CODEC
+        return None
 
 
 def _out_of_date(store: Path, checkpoint: Path) -> str | None:

@@ -7,14 +7,21 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..quant.int4 import Int4Matrix
 from ..quant.mxfp4 import GROUP, Mxfp4Matrix
-from .config import MXFP4
+from .config import MXFP4, kept_codec
 from .errors import DataError
 from .tensorfile import DTYPE_NAMES, TensorEntry
 
 FP8 = "fp8"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _FP8_SCALE = "_scale_inv"
+_PACKED, _PACKED_SCALE, _PACKED_SHAPE, _PACKED_ORDER = (
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_shape",
+    ".weight_g_idx",
+)
 
 
 class Mxfp4Entry(NamedTuple):
@@ -88,7 +95,43 @@ class Fp8Entry(NamedTuple):
         return self.read()[index : index + 1]
 
 
-Entry = TensorEntry | Fp8Entry | Mxfp4Entry
+class Int4Entry(NamedTuple):
+    """A symmetric INT4 matrix in two tensors, as compressed-tensors packs it."""
+
+    name: str
+    words: TensorEntry
+    """I32 [rows, cols / 8]."""
+    scales: TensorEntry
+    """[rows, groups], floats."""
+    to: torch.dtype
+
+    @property
+    def path(self) -> Path:
+        return self.words.path
+
+    @property
+    def dtype(self) -> str:
+        return DTYPE_NAMES[self.to]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.words.shape[0], self.words.shape[1] * 8
+
+    @property
+    def nbytes(self) -> int:
+        """Of the file and of the matrix that `read` makes, in float32 on the way."""
+        return self.words.nbytes * (1 + 2 * 4 + 2 * self.to.itemsize) + self.scales.nbytes
+
+    def read(self) -> torch.Tensor:
+        return Int4Matrix(self.words.read(), self.scales.read()).dequantize(self.to)
+
+    def read_index(self, index: int) -> torch.Tensor:
+        """A row, [1, cols]; reads them all."""
+        return self.read()[index : index + 1]
+
+
+Readable = TensorEntry | Fp8Entry | Int4Entry
+Entry = Readable | Mxfp4Entry
 
 
 def join_quantized(
@@ -107,11 +150,45 @@ def join_quantized(
     method = how.get("quant_method")
     if method == MXFP4:
         return join_mxfp4(entries)
+    codec = kept_codec(how)
+    if codec is not None:
+        return join_int4(entries, int(codec.removeprefix("int4-g")), dtype)
     block = how.get("weight_block_size")
     if method == FP8 and isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
         return join_fp8(entries, (block[0], block[1]), dtype)
     what = f"{method} without weight_block_size" if method == FP8 else method or "?"
-    raise DataError(f"{path} is quantised ({what}); only bf16, f16, f32, MXFP4 and FP8 in blocks can be converted yet")
+    raise DataError(
+        f"{path} is quantised ({what}); only bf16, f16, f32, MXFP4, FP8 in blocks and symmetric pack-quantized INT4 in "
+        "groups of 32, 64 or 128 can be converted yet"
+    )
+
+
+def join_int4(entries: dict[str, TensorEntry], group: int, dtype: torch.dtype) -> dict[str, Entry]:
+    """`join_quantized` for the tensors NAME_packed, NAME_scale and NAME_shape that make up a matrix NAME."""
+    joined: dict[str, Entry] = {}
+    for key, entry in entries.items():
+        suffix = next((s for s in (_PACKED, _PACKED_SCALE, _PACKED_SHAPE, _PACKED_ORDER) if key.endswith(s)), None)
+        if suffix is None:
+            joined[key] = entry
+            continue
+        module = key.removesuffix(suffix)
+        if suffix == _PACKED_ORDER:
+            raise DataError(f"{entry.path}: tensor {key} says that columns are out of order, which is not supported")
+        for part in (_PACKED, _PACKED_SCALE):
+            if module + part not in entries:
+                raise DataError(f"{entry.path}: tensor {key} comes without {module}{part}; is a shard missing?")
+        if suffix != _PACKED:
+            continue
+        scales = entries[module + _PACKED_SCALE]
+        fits = len(entry.shape) == 2 and scales.shape == (entry.shape[0], entry.shape[1] * 8 // group)
+        known = entry.dtype == "I32" and scales.dtype in ("F32", "BF16", "F16")
+        if not fits or entry.shape[1] * 8 % group or not known:
+            raise DataError(
+                f"{entry.path}: tensor {key} is {entry.dtype} {entry.shape}, which does not fit {scales.dtype} "
+                f"{scales.shape} of {scales.name} for INT4 in groups of {group}"
+            )
+        joined[f"{module}.weight"] = Int4Entry(f"{module}.weight", entry, scales, dtype)
+    return joined
 
 
 def join_fp8(entries: dict[str, TensorEntry], block: tuple[int, int], dtype: torch.dtype) -> dict[str, Entry]:

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from . import int4, mxfp4
+from .int4 import Int4Matrix
 from .mxfp4 import Mxfp4Format, Mxfp4Matrix
 
 RECORD_ALIGNMENT = 4096
@@ -54,7 +55,7 @@ class RecordLayout:
     nbytes: int
 
 
-Weight = torch.Tensor | Mxfp4Matrix
+Weight = torch.Tensor | Int4Matrix | Mxfp4Matrix
 """A tensor of an expert as a checkpoint holds it."""
 
 
@@ -196,17 +197,21 @@ def encode_expert(codec: Codec, layout: RecordLayout, weights: Mapping[str, Weig
         if tuple(tensor.shape) != part.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {part.shape}")
         try:
-            if isinstance(tensor, Mxfp4Matrix):
-                keep = isinstance(codec, Mxfp4Codec)
-                data = mxfp4.pack(tensor) if keep else codec.encode_matrix(tensor.dequantize(torch.bfloat16))
-            elif tensor.dim() == 1:
-                data = tensor.float().contiguous().view(torch.uint8)
-            else:
-                data = codec.encode_matrix(tensor)
+            data = _encode(codec, tensor)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         record[part.offset : part.offset + part.nbytes] = data
     return record
+
+
+def _encode(codec: Codec, weight: Weight) -> torch.Tensor:
+    if isinstance(weight, Mxfp4Matrix) and isinstance(codec, Mxfp4Codec):
+        return mxfp4.pack(weight)
+    if isinstance(weight, Int4Matrix) and isinstance(codec, Int4Codec) and codec.fmt == int4.Int4Format(weight.group):
+        return int4.repack(weight)
+    if not isinstance(weight, torch.Tensor):
+        weight = weight.dequantize()
+    return weight.float().contiguous().view(torch.uint8) if weight.dim() == 1 else codec.encode_matrix(weight)
 
 
 def decode_expert(

@@ -59,6 +59,41 @@ class Int4Format:
         return round_up(rows, ROW_BLOCK) // ROW_BLOCK * sum(self.block_bytes(cols))
 
 
+@dataclass(frozen=True)
+class Int4Matrix:
+    """A symmetric matrix as checkpoints hold it (the "pack-quantized" format of compressed-tensors)."""
+
+    words: torch.Tensor
+    """int32 [rows, cols / 8]: eight codes each, the first column in the lowest bits."""
+    scales: torch.Tensor
+    """[rows, groups], any floating dtype."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.words.shape[0], self.words.shape[1] * 8
+
+    @property
+    def group(self) -> int:
+        return self.shape[1] // self.scales.shape[1]
+
+    def __getitem__(self, rows: slice) -> Int4Matrix:
+        """Some of the rows."""
+        return Int4Matrix(self.words[rows], self.scales[rows])
+
+    def contiguous(self) -> Int4Matrix:
+        return Int4Matrix(self.words.contiguous(), self.scales.contiguous())
+
+    def codes(self) -> torch.Tensor:
+        """uint8 [rows, cols]."""
+        pairs = self.words.contiguous().view(torch.uint8)
+        return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weights [rows, cols]; exact in float32."""
+        values = self.codes().unflatten(1, (-1, self.group)).float() - 8
+        return (values * self.scales.float().unsqueeze(-1)).flatten(1).to(dtype)
+
+
 def is_finite(values: torch.Tensor) -> bool:
     """Whether there is no NaN and no infinity: by the extremes, in a tenth of the time of `torch.isfinite`."""
     return values.numel() == 0 or all(torch.isfinite(extreme).item() for extreme in torch.aminmax(values))
@@ -144,6 +179,18 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, minimums: torch.Tensor | Non
     halves = codes.reshape(blocks, ROW_BLOCK, padded // 8, 2, 4).permute(3, 0, 2, 1, 4)
     out[:, head:] = (halves[0] | (halves[1] << 4)).reshape(blocks, body)
     return out.reshape(-1)
+
+
+def repack(matrix: Int4Matrix) -> torch.Tensor:
+    """`pack` with the codes and scales that a matrix has already, for the symmetric format of its group.
+
+    Raises:
+        ValueError: a scale is no float16.
+    """
+    scales = matrix.scales.half()
+    if not torch.equal(scales.float(), matrix.scales.float()):
+        raise ValueError("a scale is no number of float16, as INT4 records have them; choose the codec bf16 or f32")
+    return pack(matrix.codes(), scales, None, Int4Format(matrix.group))
 
 
 def unpack(

@@ -207,7 +207,7 @@ def test_the_codec_is_chosen_by_what_ships_and_notices_say_so(checkpoint, tmp_pa
     convert_checkpoint(checkpoint[0], tmp_path / "a", on_notice=notices.append)
     assert notices[1:] == ["converting to mxfp4 (the values that the experts ship with)"]
     convert_checkpoint(checkpoint[0], tmp_path / "b", "int4-g32", on_notice=notices.append)
-    assert notices[2:] == ["the experts ship in MXFP4, and int4-g32 changes their values; mxfp4 keeps them"]
+    assert notices[2:] == ["int4-g32 changes the values that the experts ship with; mxfp4 keeps them"]
     assert ExpertStore(tmp_path / "b").manifest.codec == "int4-g32"
 
 
