@@ -122,14 +122,18 @@ class KeyMap:
                 params[param] = target.packed.read_expert(index)
                 continue
             name, shape = f"{site.name}.{param}", site.params[param][0][1:]
-            matrix = self._packed_expert(name, target, index, shape)
-            if matrix is None:
+            if all(
+                isinstance(_of_expert(pattern, found, index), Int4Entry) for pattern, found in target.sources.items()
+            ):
+                # What merges experts only puts rows together: of codes and of scales as of numbers.
+                words = self._gather(name, target, index, lambda entry: entry.words)
+                scales = self._gather(name, target, index, lambda entry: entry.scales)
+                size, matrix = (*words.shape[:-1], words.shape[-1] * 8), Int4Matrix(words[0], scales[0])
+            else:
                 tensor = self._gather(name, target, index)
-                if tuple(tensor.shape) != (1, *shape):
-                    raise DataError(
-                        f"expert {index} of {name} has shape {tuple(tensor.shape[1:])}, the config says {shape}"
-                    )
-                matrix = tensor[0]
+                size, matrix = tuple(tensor.shape), tensor[0]
+            if size != (1, *shape):
+                raise DataError(f"expert {index} of {name} has shape {size[1:]}, the config says {shape}")
             params[param] = matrix
         return site.split(params)
 
@@ -145,18 +149,6 @@ class KeyMap:
             for pattern, found in target.sources.items()
         }
         return next(iter(self._convert(name, target, data).values()))
-
-    def _packed_expert(self, name: str, target: _Target, index: int, shape: tuple[int, ...]) -> Int4Matrix | None:
-        """One expert's parameter from codes and scales that go through the operations apart, and stay packed.
-
-        None where the sources are not INT4, or the operations do more than put rows together, which the shapes show.
-        """
-        if not all(isinstance(entry, Int4Entry) for found in target.sources.values() for entry in found):
-            return None
-        words = self._gather(name, target, index, lambda entry: entry.words)
-        scales = self._gather(name, target, index, lambda entry: entry.scales)
-        fits = tuple(words.shape) == (1, shape[0], shape[1] // 8) and tuple(scales.shape[:2]) == (1, shape[0])
-        return Int4Matrix(words[0], scales[0]) if fits else None
 
     def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All trunk parameters, one conversion group at a time."""
@@ -216,6 +208,10 @@ class KeyMap:
 
 def _per_expert(pattern: str | None, found: list[Readable]) -> bool:
     return len(found) > 1 or (pattern is not None and "*" in pattern)
+
+
+def _of_expert(pattern: str | None, found: list[Readable], index: int) -> Readable:
+    return found[index] if _per_expert(pattern, found) else found[0]
 
 
 def _expert_numbers(found: list[Readable]) -> list[int]:

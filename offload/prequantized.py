@@ -174,6 +174,8 @@ def join_int4(entries: dict[str, TensorEntry], group: int, dtype: torch.dtype) -
         module = key.removesuffix(suffix)
         if suffix == _PACKED_ORDER:
             raise DataError(f"{entry.path}: tensor {key} says that columns are out of order, which is not supported")
+        if f"{module}.weight" in entries:
+            raise DataError(f"{entry.path}: tensors {key} and {module}.weight are the same weights twice")
         for part in (_PACKED, _PACKED_SCALE):
             if module + part not in entries:
                 raise DataError(f"{entry.path}: tensor {key} comes without {module}{part}; is a shard missing?")
@@ -225,6 +227,8 @@ def join_mxfp4(entries: dict[str, TensorEntry]) -> dict[str, Entry]:
         if suffix not in (_BLOCKS, _SCALES):
             joined[key] = entry
             continue
+        if name in entries:
+            raise DataError(f"{entry.path}: tensors {key} and {name} are the same weights twice")
         other = name + (_SCALES if suffix == _BLOCKS else _BLOCKS)
         if other not in entries:
             raise DataError(f"{entry.path}: tensor {key} comes without {other}; is a shard missing?")

@@ -227,6 +227,7 @@ def test_a_config_without_dtype_gets_that_of_the_trunk_and_not_of_the_packed_byt
         ({f"{DOWN}_scales": None}, r"down_proj_blocks comes without .*down_proj_scales; is a shard missing\?"),
         ({f"{DOWN}_blocks": None}, r"down_proj_scales comes without .*down_proj_blocks; is a shard missing\?"),
         ({f"{DOWN}_blocks": None, f"{DOWN}_scales": None}, r"no tensor for .*layers\.1\.mlp\.experts\.down_proj;"),
+        ({DOWN: torch.zeros(8, 96, 64)}, r"down_proj_\w+ and .*\.down_proj are the same weights twice"),
         ({f"{DOWN}_bias": None}, r"no tensor for .*layers\.1\.mlp\.experts\.down_proj_bias;"),
         ({f"{DOWN}_scales": torch.ones(8, 64, 3)}, "down_proj_scales has dtype F32, in MXFP4 it is U8"),
         ({f"{DOWN}_scales": torch.zeros(8, 64, 4, dtype=torch.uint8)},

@@ -146,6 +146,7 @@ def test_no_codec_keeps_what_is_packed_in_another_way(quantization):
     [
         ({f"{UP}.weight_scale": None}, r"comes without .*up_proj\.weight_scale; is a shard missing"),
         ({f"{UP}.weight_packed": None}, r"comes without .*up_proj\.weight_packed; is a shard missing"),
+        ({f"{UP}.weight": torch.zeros(32, 64)}, r"up_proj\.weight are the same weights twice"),
         ({f"{UP}.weight_g_idx": torch.zeros(64)}, "weight_g_idx says that columns are out of order"),
         ({f"{UP}.weight_scale": torch.ones(32, 3)},
          r"weight_packed is I32 \(32, 8\), which does not fit F32 \(32, 3\) of .* in groups of 32"),
