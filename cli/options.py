@@ -16,7 +16,7 @@ from ..offload.errors import UsageError
 TRUNK_HELP = "Format of attention, embeddings and head: int8-g32, int4-g32 (-g64, -g128 each) or keep, as they ship."
 Trunk = Annotated[
     str | None,
-    typer.Option(help=f"{TRUNK_HELP} Default: int8-g32; keep with a lossless codec."),
+    typer.Option(help=f"{TRUNK_HELP} Default: int8-g32; keep with bf16, f16 and f32."),
 ]
 Codec = Annotated[
     str | None,
