@@ -61,6 +61,7 @@ class Sequence:
     ) -> None:
         self._model, self.context, self._chunk = model, context, chunk
         self._step_threads, self._lean, self._kv_dtype = step_threads, lean, kv_dtype
+        self._threads = torch.get_num_threads()
         self.ids: list[int] = []
         """The tokens whose keys and values are cached."""
         self._cache = self._new_cache()
@@ -88,20 +89,16 @@ class Sequence:
         logits = None
         for start in range(0, len(ids), self._chunk):
             part = ids[start : start + self._chunk]
-            begin, threads = len(self.ids), torch.get_num_threads()
-            if len(part) == 1 and self._step_threads:
-                torch.set_num_threads(self._step_threads)
+            begin = len(self.ids)
             try:
                 if len(part) == 1 and begin and self._lean is not None:
                     logits = self._lean.step(part[0], begin, self._cache)
                 else:
                     logits = self._forward(part, begin)
+                self.ids += part
             except BaseException:
                 self.reset()  # some layers may have cached this chunk and others not
                 raise
-            finally:
-                torch.set_num_threads(threads)
-            self.ids += part
             if on_progress and len(ids) > self._chunk:
                 on_progress(Progress("prompt", start + len(part), len(ids), "tokens"))
         assert logits is not None
@@ -109,13 +106,19 @@ class Sequence:
 
     def _forward(self, ids: list[int], begin: int) -> torch.Tensor:
         """The model's own forward pass: logits of the last token, [vocabulary]."""
-        output = self._model(
-            input_ids=torch.tensor([ids]),
-            position_ids=torch.arange(begin, begin + len(ids))[None],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        threads = self._threads
+        try:
+            if len(ids) == 1 and self._step_threads:
+                torch.set_num_threads(self._step_threads)
+            output = self._model(
+                input_ids=torch.tensor([ids]),
+                position_ids=torch.arange(begin, begin + len(ids))[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        finally:
+            torch.set_num_threads(threads)
         return output.logits[0, -1]
 
 

@@ -174,8 +174,8 @@ def _router(module: Any) -> Router:
         sigmoid=correction is not None,
         # Where nothing is said, weights are a softmax over the chosen alone, which is the same as normalising.
         normalize=getattr(module, "norm_topk_prob", not method),
-        groups=0 if method == "greedy" else getattr(module, "num_group", 0),
-        top_groups=getattr(module, "topk_group", 0),
+        groups=0 if method == "greedy" else getattr(module, "num_group", None) or 0,
+        top_groups=getattr(module, "topk_group", None) or 0,
         group_best=1 if method else 2,
         scale=getattr(module, "routed_scaling_factor", 1.0),
     )

@@ -37,6 +37,7 @@ class _Buffers:
     _addresses: tuple[int, ...] = ()
 
     def allocate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.end = 0
         # Untouched pages of an empty tensor are not resident: memory is used as the context fills.
         self.buffers = tuple(
             states.new_empty((*states.shape[:2], self.capacity, states.shape[3]), dtype=self.stored)

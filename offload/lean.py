@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
@@ -19,7 +20,7 @@ from ..quant.linear import PackedMatrix, QuantLinear
 from ..quant.native import FLOAT32, Matrix, NativeMatrix, NativePool
 from ..quant.native_step import Ends, NativeAttention, NativeLatentAttention, NativeMlp, Norm, Router, Token
 from .hf import Skeleton
-from .hf_layers import AttentionParts, DecoderParts, LatentParts, LayerParts, read_decoder
+from .hf_layers import AttentionParts, DecoderParts, LatentParts, LayerParts, MlpParts, read_decoder
 from .kv_cache import Room, allocates_ahead, new_kv_cache
 from .recorder import NoRecorder
 from .runtime import Assignment, ExpertRuntime
@@ -102,10 +103,13 @@ class _Layer:
             self._attention = _latent_attention(pool, ends, parts.attention, parts.scaling, decoder.pairs)
         else:
             self._attention = _attention(pool, ends, parts.attention, parts.scaling, decoder.pairs)
+        self._attention.keep(*_tensors(parts.output), *_tensors_of(parts.attention))
         mlp = parts.mlp
         self._mlp = mlp and NativeMlp(
             pool, _matrix(mlp.gate), _matrix(mlp.up), _matrix(mlp.down), mlp.activation, mlp.share
         )
+        if mlp is not None and self._mlp is not None:
+            self._mlp.keep(*_tensors_of(mlp))
         k = self._k
         self._weights, self._places = decoder._weights[:k].view(1, k), decoder._places[:k].view(1, k)
         self._hidden, self._out = decoder._normed.view(1, -1), decoder._delta.view(1, -1)
@@ -195,6 +199,16 @@ class _HeadMatrices(NamedTuple):
         return cls(data, NativeMatrix(pool, data[0], rows, cols, fmt).spec, data.stride(0))
 
 
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    """The tensors behind the addresses in `_matrix(module)`, which the module may exchange for others (`half()`)."""
+    return [p.detach() for p in module.parameters()]
+
+
+def _tensors_of(parts: AttentionParts | LatentParts | MlpParts) -> list[torch.Tensor]:
+    modules = (value for value in vars(parts).values() if isinstance(value, nn.Module))
+    return [tensor for module in modules for tensor in _tensors(module)]
+
+
 def _weight(module: nn.Module) -> torch.Tensor:
     """The weights of a Linear, float32 [out, in]."""
     if isinstance(module, QuantLinear):
@@ -223,18 +237,27 @@ def make_lean_decoder(
     skeleton: Skeleton, pool: NativePool | None, runtime: ExpertRuntime, on_notice: Callable[[str], None]
 ) -> LeanDecoder | None:
     """The decoder of a loaded model whose experts are attached; None where the modules have to do."""
+    try:
+        return _checked_decoder(skeleton, pool, runtime)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a release of transformers that is newer than this program may have changed
+        on_notice(
+            f"the fast path for single tokens is not used, answers are slower: {error or type(error).__name__} "
+            f"(transformers {transformers.__version__}, model type {skeleton.config.model_type})"
+        )
+        return None
+
+
+def _checked_decoder(skeleton: Skeleton, pool: NativePool | None, runtime: ExpertRuntime) -> LeanDecoder | None:
     if pool is None or any(parameter.dtype != torch.float32 for parameter in skeleton.model.parameters()):
         return None
     if not allocates_ahead(new_kv_cache(skeleton.config, 1, 1)) or (parts := read_decoder(skeleton)) is None:
         return None
     decoder = LeanDecoder(parts, pool, runtime, runtime.predictor is not None)
     difference = check(decoder, skeleton.model, runtime)
-    if difference > TOLERANCE:
-        on_notice(
-            f"the fast path for single tokens differs from transformers' own modules by {difference:.1%} and is not "
-            "used: answers are slower; a release of transformers that is newer than this program may be the reason"
-        )
-        return None
+    if not difference <= TOLERANCE:
+        raise NotImplementedError(f"it differs from transformers' own modules by {difference:.1%}")
     return decoder
 
 
@@ -268,7 +291,8 @@ def check(decoder: LeanDecoder, model: Any, runtime: ExpertRuntime) -> float:
         for at, token in enumerate(tokens, len(prompt)):
             want = forward([token], caches[0])
             got = decoder.step(token % vocabulary, at, caches[1])
-            worst = max(worst, float((got - want).abs().max() / want.abs().max().clamp(min=1e-30)))
+            difference = float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
+            worst = difference if not difference <= worst else worst  # NaN stays
     finally:
         del runtime.run_experts
         runtime.recorder = recorder

@@ -186,7 +186,8 @@ def adjust(plan: MemoryPlan, needs: Needs) -> MemoryPlan:
     """The same budget with needs that have been measured since, slots only ever fewer. A budget that was chosen is
     chosen again, because it followed from the needs."""
     if plan.automatic:
-        return make_plan(needs, None, min(plan.slots, make_plan(needs, None).slots))
+        again = make_plan(needs, None)
+        return replace(again, slots=min(plan.slots, again.slots))
     if plan.slots * needs.record + needs.fixed_in_answers <= plan.budget and make_plan(needs, plan.budget):
         return replace(plan, needs=needs)
     return replace(plan, needs=needs, slots=min(make_plan(needs, plan.budget).slots, plan.slots))

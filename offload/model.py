@@ -73,7 +73,8 @@ class Model:
         self.sampling, self._ends = read_generation_config(self.path)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self._ends.add(self.tokenizer.eos_token_id)
-        lean_is_likely = skeleton.config.model_type in FAMILIES
+        plain = skeleton.config.dtype == torch.float32 or bool(packed)
+        lean_is_likely = pool is not None and plain and skeleton.config.model_type in FAMILIES
         # Rounding activations to INT8 for each packed matrix loses more than float16 does in the cache.
         half = config.kv == "f16" or (config.kv == "auto" and bool(packed) and lean_is_likely)
         self._kv_dtype = torch.float16 if half else None
@@ -111,13 +112,20 @@ class Model:
         slots = RamSlots(plan.slots, store.record_bytes)
         transfers = ThreadedTransfers(store, self._stats, config.readers)
         ahead = Prefetcher(cache, slots, transfers, self._stats) if config.prefetch else NoPrefetch()
-        predictor = RouterPredictor(skeleton.sites) if config.prefetch else None
-        kernels = make_kernels(skeleton.sites, manifest, config, pool, notice)
-        self._stats.kernels = kernels[0].name
-        self._runtime = ExpertRuntime(cache, slots, transfers, kernels, self._stats, ahead, predictor, self._recorder)
-        hf.attach(skeleton, lambda site, x, index, weights: self._runtime.run_layer(site.index, x, index, weights))
-        self._lean = make_lean_decoder(skeleton, pool, self._runtime, notice)
-        self._hold_to_plan()
+        try:
+            predictor = RouterPredictor(skeleton.sites) if config.prefetch else None
+            kernels = make_kernels(skeleton.sites, manifest, config, pool, notice)
+            self._stats.kernels = kernels[0].name
+            self._runtime = ExpertRuntime(
+                cache, slots, transfers, kernels, self._stats, ahead, predictor, self._recorder
+            )
+            hf.attach(skeleton, lambda site, x, index, weights: self._runtime.run_layer(site.index, x, index, weights))
+            self._lean = make_lean_decoder(skeleton, pool, self._runtime, notice)
+            self._workspace = self._workspace._replace(lean=self._lean is not None)
+            self._hold_to_plan()
+        except BaseException:
+            transfers.close()  # its threads would wait for ever
+            raise
         self.transformers_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self.transformers_model.register_forward_hook(self._after_forward, always_call=True)
 
@@ -215,9 +223,20 @@ class Model:
         sampling = self.sampling.with_options(**options)
         if not sequence.ids:
             self._recorder.new_sequence()
-        yield from stream_answer(
-            sequence, self.tokenizer, ids, sampling, self._ends, self._stats, on_progress, generated, self._after_step
-        )
+        try:
+            yield from stream_answer(
+                sequence,
+                self.tokenizer,
+                ids,
+                sampling,
+                self._ends,
+                self._stats,
+                on_progress,
+                generated,
+                self._after_step,
+            )
+        finally:
+            self._after_forward()  # torch runs no hook after Ctrl-C
 
     def new_sequence(self) -> Sequence:
         """An empty sequence with room for the whole context."""
@@ -260,7 +279,8 @@ class Model:
         memory.return_freed_memory()
         needs = self.plan.needs
         program = max(needs.program, memory.resident_bytes() - needs.trunk)
-        self.plan = memory.adjust(self.plan, needs._replace(program=program))
+        step = self._workspace.bytes(1, needs.context)
+        self.plan = memory.adjust(self.plan, needs._replace(program=program, step=step))
         if self.plan.slots < self._runtime.cache.capacity:
             self._runtime.resize(self.plan.slots)
         self._slots = self._stats.slots = self.plan.slots
@@ -278,7 +298,8 @@ class Model:
                 self._runtime.resize(slots)
 
     def _after_forward(self, *_: Any) -> None:
-        if self._runtime.cache.capacity < self._slots:
+        """Give the slots back that a prompt has borrowed, if it has."""
+        if not self._closed and self._runtime.cache.capacity < self._slots:
             memory.return_freed_memory()
             self._runtime.resize(self._slots)
 

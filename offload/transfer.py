@@ -99,6 +99,7 @@ class ThreadedTransfers:
                 self._ahead.remove(ticket)
                 ticket.demand = True
                 self._demand.append(ticket)
+                self._work.notify()  # guesses may have left readers idle
 
     def cancel(self, ticket: Ticket) -> bool:
         with self._lock:

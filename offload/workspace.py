@@ -15,10 +15,13 @@ class Workspace(NamedTuple):
     hidden: int
     width: int
     """Of all query heads together."""
+    expanded_width: int
+    """What a cached token's keys and values take once they are there for every query head."""
     cached_width: int
-    """Of all key heads together where they are cached in another dtype than they are used in, else 0."""
+    """What they take in the cache, where that is in another dtype than they are used in, else 0."""
     score_heads: int
-    """Heads whose scores are kept for all tokens at once: all of them in eager attention, else none."""
+    """Heads whose scores are kept for all tokens at once: all of them in eager attention, and where keys and values
+    differ in width; else none."""
     intermediate: int
     top_k: int
     vocabulary: int
@@ -31,12 +34,23 @@ class Workspace(NamedTuple):
     def of(cls, skeleton: Skeleton, native: bool, lean: bool, converts: bool) -> Workspace:
         config = skeleton.config.get_text_config()
         heads = getattr(config, "num_attention_heads", 1)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        latent = getattr(config, "kv_lora_rank", None)
+        if latent:  # all keys and values are made from the latents, keys in two parts that are then put together
+            plain, turned, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+            head_dim, expanded, cached = plain + turned, heads * (2 * plain + turned + value), latent + turned
+            uneven = head_dim != value
+        else:
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+            expanded = 2 * heads * head_dim
+            cached = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+            uneven = False
+        eager = getattr(config, "_attn_implementation", "eager") == "eager"
         return cls(
             hidden=config.hidden_size,
             width=heads * head_dim,
-            cached_width=(getattr(config, "num_key_value_heads", None) or heads) * head_dim if converts else 0,
-            score_heads=heads if getattr(config, "_attn_implementation", "eager") == "eager" else 0,
+            expanded_width=expanded,
+            cached_width=cached if converts else 0,
+            score_heads=heads if eager or uneven else 0,
             intermediate=max(site.layer.shape.intermediate for site in skeleton.sites),
             top_k=max(site.layer.top_k for site in skeleton.sites),
             vocabulary=config.vocab_size,
@@ -53,7 +67,7 @@ class Workspace(NamedTuple):
         experts = tokens * self.top_k * _FLOAT * (self.hidden + (1 if self.native else 3) * self.intermediate)
         if not self.native:
             experts += 5 * _FLOAT * self.hidden * self.intermediate
-        # The mask, a layer's keys and values repeated for all heads, and the scores where they are kept.
-        attention = tokens * length * (2 * _FLOAT + 3 * _FLOAT * self.score_heads) + 2 * _FLOAT * length * self.width
-        attention += 2 * _FLOAT * length * self.cached_width
+        # The mask and the scores where they are kept; a layer's keys and values.
+        attention = tokens * length * _FLOAT * (2 + 3 * self.score_heads)
+        attention += length * _FLOAT * (self.expanded_width + self.cached_width)
         return int(1.1 * (activations + experts + attention)) + logits + (16 << 20)

@@ -100,7 +100,7 @@ class QuantLinear(nn.Module):
     def matrix(self) -> NativeMatrix:
         """The matrix with its bias, bound at the first use because a loader may give the bias last."""
         if self._matrix is None:
-            bias = None if self.bias is None else self.bias.float().contiguous()
+            bias = None if self.bias is None else self.bias.detach().float().contiguous()
             packed = self.packed
             self._matrix = NativeMatrix(self._pool, packed.data, packed.rows, packed.cols, packed.format, bias)
         return self._matrix

@@ -256,3 +256,42 @@ def test_steps_over_a_packed_trunk_are_as_near_to_the_plain_one_as_the_modules_a
         model._lean = None
         modules_error = (step_logits(model) - exact).square().mean().sqrt()
     assert lean_error < 1.25 * modules_error, (lean_error, modules_error, exact.std())
+
+
+@needs_native
+def test_a_step_that_gives_nan_or_cannot_be_built_is_not_used_either(tmp_path, monkeypatch):
+    tiny.make_checkpoint(tmp_path / "checkpoint", "mixtral")
+    path = convert(CheckpointSource(tmp_path / "checkpoint"), tmp_path / "store", "f32")
+
+    def renamed(_module):
+        raise AttributeError("no attribute 'variance_epsilon'")
+
+    right = hf_layers._norm
+    for broken in (lambda module: right(module)._replace(epsilon=float("nan")), renamed):
+        monkeypatch.setattr(hf_layers, "_norm", broken)
+        notices: list[str] = []
+        with load(path, ram="4GB", context=64, on_notice=notices.append) as model:
+            assert model._lean is None
+            assert step_logits(model).isfinite().all()
+        assert any("fast path for single tokens is not used" in notice for notice in notices)
+
+
+@needs_native
+def test_steps_read_the_weights_that_they_were_made_with_whatever_becomes_of_the_modules(tmp_path):
+    tiny.make_checkpoint(tmp_path / "checkpoint", "mixtral")
+    path = convert(CheckpointSource(tmp_path / "checkpoint"), tmp_path / "store", "f32")
+    with load(path, ram="4GB", context=64) as model:
+        assert model._lean is not None
+        want = step_logits(model)
+        for layer in model.transformers_model.model.layers:
+            layer.self_attn.q_proj.weight.data = torch.zeros(1)  # what `half()` and `to()` do: the storage is gone
+        garbage = [torch.full((64, 64), 1e9) for _ in range(50)]
+        sequence, ids = model.new_sequence(), tokens()
+        sequence._model = None
+        cache = new_kv_cache(model.transformers_model.config, 64, 8)
+        for layer in cache.layers:
+            layer.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))  # type: ignore[union-attr]
+        logits = model._lean.step(ids[0], 1, cache)
+    assert logits.isfinite().all()
+    assert logits.abs().max() < 100 * want.abs().max()
+    del garbage

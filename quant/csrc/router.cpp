@@ -45,6 +45,7 @@ void keep_best_groups(const pm_router& router, float* values) {
             const float sum = worth(g);
             if (worst < 0 || sum < least) worst = g, least = sum;
         }
+        if (worst < 0) break;
         std::fill_n(values + worst * size, size, NEVER);
     }
 }
