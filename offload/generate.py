@@ -91,6 +91,8 @@ class Sequence:
             part = ids[start : start + self._chunk]
             begin = len(self.ids)
             try:
+                if len(part) == 1 and self._step_threads:
+                    torch.set_num_threads(self._step_threads)
                 if len(part) == 1 and begin and self._lean is not None:
                     logits = self._lean.step(part[0], begin, self._cache)
                 else:
@@ -99,6 +101,8 @@ class Sequence:
             except BaseException:
                 self.reset()  # some layers may have cached this chunk and others not
                 raise
+            finally:
+                torch.set_num_threads(self._threads)
             if on_progress and len(ids) > self._chunk:
                 on_progress(Progress("prompt", start + len(part), len(ids), "tokens"))
         assert logits is not None
@@ -106,19 +110,13 @@ class Sequence:
 
     def _forward(self, ids: list[int], begin: int) -> torch.Tensor:
         """The model's own forward pass: logits of the last token, [vocabulary]."""
-        threads = self._threads
-        try:
-            if len(ids) == 1 and self._step_threads:
-                torch.set_num_threads(self._step_threads)
-            output = self._model(
-                input_ids=torch.tensor([ids]),
-                position_ids=torch.arange(begin, begin + len(ids))[None],
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        finally:
-            torch.set_num_threads(threads)
+        output = self._model(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.arange(begin, begin + len(ids))[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return output.logits[0, -1]
 
 
