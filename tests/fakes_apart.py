@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -54,4 +55,5 @@ def hold(file: str, on_notice: OnNotice, **_: Any) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     run_apart("fakes_apart:hold", {"file": sys.argv[1]}, on_notice=lambda text: print(text, flush=True))
