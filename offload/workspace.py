@@ -7,6 +7,8 @@ from typing import NamedTuple
 from .hf import Skeleton
 
 _FLOAT = 4
+_SLACK = 32 << 20
+"""What the C library holds back, huge pages that are only partly used, and what Python gathers in a long run."""
 
 
 class Workspace(NamedTuple):
@@ -62,7 +64,7 @@ class Workspace(NamedTuple):
         """An upper bound for a forward of `tokens` tokens, the last of which is number `length`."""
         logits = 8 * _FLOAT * self.vocabulary  # with what sampling makes of them
         if tokens == 1 and self.lean and self.native:
-            return logits + (16 << 20)
+            return logits + _SLACK
         activations = tokens * _FLOAT * (6 * self.hidden + 6 * self.width)
         experts = tokens * self.top_k * _FLOAT * (self.hidden + (1 if self.native else 3) * self.intermediate)
         if not self.native:
@@ -70,4 +72,4 @@ class Workspace(NamedTuple):
         # The mask and the scores where they are kept; a layer's keys and values.
         attention = tokens * length * _FLOAT * (2 + 3 * self.score_heads)
         attention += length * _FLOAT * (self.expanded_width + self.cached_width)
-        return int(1.1 * (activations + experts + attention)) + logits + (16 << 20)
+        return int(1.1 * (activations + experts + attention)) + logits + _SLACK
