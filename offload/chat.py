@@ -63,14 +63,14 @@ class Conversation:
             chunks.close()
             self._remember(generated)
 
-    def _render(self, generation_prompt: bool) -> str:
+    def _render(self) -> str:
         system = [{"role": "system", "content": self.system}] if self.system else []
         messages = [{"role": m["role"], "content": m["content"]} for m in system + self.messages]
-        return self._model.render_chat(messages, generation_prompt)
+        return self._model.render_chat(messages, True)
 
     def _new_tokens(self) -> list[int]:
         """The tokens that follow those in the sequence; takes back what no longer matches."""
-        rendered = self._render(generation_prompt=True)
+        rendered = self._render()
         if self._text and rendered.startswith(self._text):
             new = self._model.encode(rendered[len(self._text) :])
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..quant.activations import Activation, apply
-from ..quant.linear import QuantLinear
+from ..quant.linear import linear_weight
 from ..quant.native_step import Norm, Rotation, Router
 from .hf import MoeSite, Skeleton
 
@@ -27,6 +27,10 @@ FAMILIES = (
     "qwen3_moe",
 )
 """Model types whose decoder layers are compared with transformers' own in the tests."""
+
+
+class UnfitError(Exception):
+    """A model that looked as if it could take the fast path and cannot; says why."""
 
 
 @dataclass(frozen=True)
@@ -188,14 +192,6 @@ def _mlp(module: Any, share: nn.Module | None) -> MlpParts:
         want = module.act_fn(x)
     found = [a for a in candidates if torch.allclose(apply(a, x, torch.ones_like(x)), want, rtol=1e-6, atol=1e-6)]
     if not found:
-        raise NotImplementedError(f"activation {type(module.act_fn).__name__} of the dense blocks")
-    return MlpParts(module.gate_proj, module.up_proj, module.down_proj, found[0], _row(share))
-
-
-def _row(module: nn.Module | None) -> torch.Tensor | None:
-    """The weights of a Linear with one output."""
-    if module is None:
-        return None
-    weight = module.packed.dequantize() if isinstance(module, QuantLinear) else module.weight
-    assert isinstance(weight, torch.Tensor), module
-    return weight.reshape(-1)
+        raise UnfitError(f"activation {type(module.act_fn).__name__} of the dense blocks")
+    weights = None if share is None else linear_weight(share).reshape(-1)
+    return MlpParts(module.gate_proj, module.up_proj, module.down_proj, found[0], weights)

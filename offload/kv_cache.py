@@ -128,7 +128,7 @@ class WindowLayer(_Buffers, DynamicSlidingWindowLayer):
         return self.between(max(0, self.end - self.sliding_window + 1), self.end)
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("a window that moves on cannot take tokens back; see can_crop")
+        raise RuntimeError("a window that moves on cannot take tokens back; see can_crop")
 
     def extend(self) -> Room:
         """Room for one more token, which counts as cached from now on."""

@@ -16,11 +16,11 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..quant.int8 import Int8Format
-from ..quant.linear import PackedMatrix, QuantLinear
+from ..quant.linear import PackedMatrix, QuantLinear, linear_weight
 from ..quant.native import FLOAT32, Matrix, NativeMatrix, NativePool
 from ..quant.native_step import Ends, NativeAttention, NativeLatentAttention, NativeMlp, Norm, Router, Token
 from .hf import Skeleton
-from .hf_layers import AttentionParts, DecoderParts, LatentParts, LayerParts, MlpParts, read_decoder
+from .hf_layers import AttentionParts, DecoderParts, LatentParts, LayerParts, MlpParts, UnfitError, read_decoder
 from .kv_cache import Room, allocates_ahead, new_kv_cache
 from .recorder import NoRecorder
 from .runtime import Assignment, ExpertRuntime
@@ -104,12 +104,7 @@ class _Layer:
         else:
             self._attention = _attention(pool, ends, parts.attention, parts.scaling, decoder.pairs)
         self._attention.keep(*_tensors(parts.output), *_tensors_of(parts.attention))
-        mlp = parts.mlp
-        self._mlp = mlp and NativeMlp(
-            pool, _matrix(mlp.gate), _matrix(mlp.up), _matrix(mlp.down), mlp.activation, mlp.share
-        )
-        if mlp is not None and self._mlp is not None:
-            self._mlp.keep(*_tensors_of(mlp))
+        self._mlp = None if parts.mlp is None else _mlp(pool, parts.mlp)
         k = self._k
         self._weights, self._places = decoder._weights[:k].view(1, k), decoder._places[:k].view(1, k)
         self._hidden, self._out = decoder._normed.view(1, -1), decoder._delta.view(1, -1)
@@ -154,7 +149,7 @@ def _latent_attention(
     pool: NativePool, ends: Ends, parts: LatentParts, scaling: float, pairs: int
 ) -> NativeLatentAttention:
     # One matrix holds what makes keys and what makes values; keys are needed transposed, which a packed one cannot be.
-    up, packed = _weight(parts.key_value_up), isinstance(parts.key_value_up, QuantLinear)
+    up, packed = linear_weight(parts.key_value_up), isinstance(parts.key_value_up, QuantLinear)
     heads = up.reshape(parts.heads, -1, up.shape[1])
     key_up = _HeadMatrices.of(pool, heads[:, : parts.plain].transpose(1, 2), packed)
     value_up = _HeadMatrices.of(pool, heads[:, parts.plain :], packed)
@@ -177,6 +172,12 @@ def _latent_attention(
     )
     attention.keep(key_up, value_up)
     return attention
+
+
+def _mlp(pool: NativePool, parts: MlpParts) -> NativeMlp:
+    mlp = NativeMlp(pool, _matrix(parts.gate), _matrix(parts.up), _matrix(parts.down), parts.activation, parts.share)
+    mlp.keep(*_tensors_of(parts))
+    return mlp
 
 
 class _HeadMatrices(NamedTuple):
@@ -207,14 +208,6 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
 def _tensors_of(parts: AttentionParts | LatentParts | MlpParts) -> list[torch.Tensor]:
     modules = (value for value in vars(parts).values() if isinstance(value, nn.Module))
     return [tensor for module in modules for tensor in _tensors(module)]
-
-
-def _weight(module: nn.Module) -> torch.Tensor:
-    """The weights of a Linear, float32 [out, in]."""
-    if isinstance(module, QuantLinear):
-        return module.packed.dequantize()
-    assert isinstance(module, nn.Linear), module
-    return module.weight.detach()
 
 
 def _matrix(module: nn.Module) -> Matrix:
@@ -257,7 +250,7 @@ def _checked_decoder(skeleton: Skeleton, pool: NativePool | None, runtime: Exper
     decoder = LeanDecoder(parts, pool, runtime, runtime.predictor is not None)
     difference = check(decoder, skeleton.model, runtime)
     if not difference <= TOLERANCE:
-        raise NotImplementedError(f"it differs from transformers' own modules by {difference:.1%}")
+        raise UnfitError(f"it differs from transformers' own modules by {difference:.1%}")
     return decoder
 
 

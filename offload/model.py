@@ -83,10 +83,7 @@ class Model:
         needs = plan.needs
         load_packed_trunk(skeleton, store, pool, on_progress)
         hf.find_router_norms(skeleton)  # also a first forward: libraries load what they need now, before we measure
-        memory.return_freed_memory()
-        grown = memory.resident_bytes() - needs.trunk
-        plan = memory.adjust(plan, needs._replace(program=max(grown, needs.program)))
-        self.plan = plan
+        self.plan = plan = self._planned_again(plan)
         self._step_threads = 1 if packed else None
         self.config = config
         self.context = needs.context
@@ -274,13 +271,17 @@ class Model:
 
     # State
 
-    def _hold_to_plan(self) -> None:
-        """Plan once more with what the program takes now that everything but experts and KV cache is in memory."""
+    def _planned_again(self, plan: memory.MemoryPlan) -> memory.MemoryPlan:
+        """The plan with what the program takes now, the trunk being in memory."""
         memory.return_freed_memory()
-        needs = self.plan.needs
+        needs = plan.needs
         program = max(needs.program, memory.resident_bytes() - needs.trunk)
         step = self._workspace.bytes(1, needs.context)
-        self.plan = memory.adjust(self.plan, needs._replace(program=program, step=step))
+        return memory.adjust(plan, needs._replace(program=program, step=step))
+
+    def _hold_to_plan(self) -> None:
+        """Plan once more now that everything but experts and KV cache is in memory."""
+        self.plan = self._planned_again(self.plan)
         if self.plan.slots < self._runtime.cache.capacity:
             self._runtime.resize(self.plan.slots)
         self._slots = self._stats.slots = self.plan.slots

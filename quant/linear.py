@@ -113,6 +113,14 @@ class QuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.packed.format}"
 
 
+def linear_weight(module: nn.Module) -> torch.Tensor:
+    """The weights of a Linear, plain or packed, [out_features, in_features]; a packed one's in float32."""
+    if isinstance(module, QuantLinear):
+        return module.packed.dequantize()
+    assert isinstance(module, nn.Linear), module
+    return module.weight.detach()
+
+
 class QuantEmbedding(nn.Module):
     """`nn.Embedding` whose weight stays packed; a row is dequantised when it is looked up."""
 

@@ -23,20 +23,6 @@ W2 = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 FUSED = "model.layers.1.block_sparse_moe.input_linear.weight"
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    root = tmp_path_factory.mktemp("checkpoints")
-    tiny.make_checkpoint(root / "mixtral", "mixtral")
-    tiny.make_checkpoint(root / "mixtral-shards", "mixtral", shards=2)
-    tiny.make_checkpoint(root / "granitemoe", "granitemoe")
-    return root
-
-
-@pytest.fixture
-def copy(checkpoints, tmp_path):
-    return lambda name: Path(shutil.copytree(checkpoints / name, tmp_path / name))
-
-
 def rewrite(file: Path, **changes: torch.Tensor | None) -> None:
     """Change tensors of a safetensors file, or drop them."""
     tensors = load_file(file)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from pocketmoe.cache.expert import ExpertId
 from pocketmoe.offload import tensorfile
 from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.convert import convert
@@ -17,7 +16,6 @@ from pocketmoe.offload.errors import DataError
 from pocketmoe.offload.loading import convert_checkpoint, find_store, load
 from pocketmoe.offload.store import ExpertStore
 from pocketmoe.quant import mxfp4
-from pocketmoe.quant.codecs import decode_expert
 from pocketmoe.quant.mxfp4 import Mxfp4Format, Mxfp4Matrix
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -123,22 +121,9 @@ def logits_of(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return model(prompt()).logits, torch.cat(answer.logits)
 
 
-def records(path: Path):
-    """(expert, its decoded tensors) of every record of a store."""
-    store = ExpertStore(path)
-    codec, layouts = store.manifest.codec_and_layouts()
-    for layer, of in enumerate(store.manifest.layers):
-        for index in range(of.num_experts):
-            record = torch.empty(store.record_bytes + 4096, dtype=torch.uint8)
-            record = record[-record.data_ptr() % 4096 :][: store.record_bytes]
-            store.read_into(ExpertId(layer, index), record.numpy().data)
-            yield ExpertId(layer, index), decode_expert(codec, layouts[layer], record)
-    store.close()
-
-
 def test_a_store_holds_the_values_that_transformers_dequantises(checkpoint, store):
     assert ExpertStore(store).manifest.codec == "mxfp4"
-    for expert, parts in records(store):
+    for expert, parts in tiny.records(store):
         experts = checkpoint[1].model.layers[expert.layer].mlp.experts
         gate_up = torch.stack((parts["gate_proj"], parts["up_proj"]), 1).flatten(0, 1)
         assert torch.equal(gate_up.T, experts.gate_up_proj[expert.index])
@@ -175,7 +160,7 @@ def test_a_checkpoint_of_dequantised_weights_can_be_brought_back(checkpoint, sto
         tensors[name] = convert_moe_packed_tensors(tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales"))
     save_file(tensors, tmp_path / "bf16/model.safetensors")
     back = convert(CheckpointSource(tmp_path / "bf16"), tmp_path / "store", "mxfp4")
-    for (expert, parts), (_, want) in zip(records(back), records(store), strict=True):
+    for (expert, parts), (_, want) in zip(tiny.records(back), tiny.records(store), strict=True):
         for name in ("gate_proj", "up_proj", "down_proj"):
             assert torch.equal(parts[name], want[name]), (expert, name)
 
@@ -183,7 +168,7 @@ def test_a_checkpoint_of_dequantised_weights_can_be_brought_back(checkpoint, sto
 @pytest.mark.parametrize("codec", ["bf16", "f32"])
 def test_plain_codecs_hold_the_same_values(checkpoint, store, tmp_path, codec):
     for (_, parts), (_, want) in zip(
-        records(convert_checkpoint(checkpoint[0], tmp_path / codec, codec)), records(store), strict=True
+        tiny.records(convert_checkpoint(checkpoint[0], tmp_path / codec, codec)), tiny.records(store), strict=True
     ):
         assert all(torch.equal(parts[name], want[name]) for name in ("gate_proj", "up_proj", "down_proj"))
 

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from pocketmoe.cache.expert import ExpertId
 from pocketmoe.offload.config import kept_codec
 from pocketmoe.offload.errors import DataError
 from pocketmoe.offload.loading import convert_checkpoint, load
 from pocketmoe.offload.store import ExpertStore
 from pocketmoe.quant import int4
-from pocketmoe.quant.codecs import decode_expert
 from pocketmoe.quant.int4 import Int4Format, Int4Matrix
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -62,22 +60,9 @@ def checkpoints(tmp_path_factory) -> tuple[Path, Path]:
     return write(root / "packed", config | {"quantization_config": how()}, packed), write(root / "plain", config, plain)
 
 
-def experts_of(path: Path):
-    """The decoded tensors of every record of a store."""
-    store = ExpertStore(path)
-    codec, layouts = store.manifest.codec_and_layouts()
-    for layer, of in enumerate(store.manifest.layers):
-        for index in range(of.num_experts):
-            record = torch.empty(store.record_bytes + 4096, dtype=torch.uint8)
-            record = record[-record.data_ptr() % 4096 :][: store.record_bytes]
-            store.read_into(ExpertId(layer, index), record.numpy().data)
-            yield layer, index, decode_expert(codec, layouts[layer], record)
-    store.close()
-
-
 def assert_same_weights(store: Path, plain: Path) -> None:
     want = load_file(plain / "model.safetensors")
-    for layer, index, parts in experts_of(store):
+    for (layer, index), parts in tiny.records(store):
         for name, value in parts.items():
             assert torch.equal(value, want[f"model.layers.{layer}.mlp.experts.{index}.{name}.weight"]), name
     opened = ExpertStore(store)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from pocketmoe.cache.expert import ExpertId
+from pocketmoe.offload.store import ExpertStore
+from pocketmoe.quant.codecs import decode_expert
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 97
@@ -155,3 +159,16 @@ def make_chat_store(path: Path, name: str = "mixtral", **changes: Any) -> Path:
     make_checkpoint(checkpoint, name, vocab_size=CHAT_VOCABULARY, **changes)
     add_tokenizer(checkpoint)
     return convert(CheckpointSource(checkpoint), path / "store", "f32")
+
+
+def records(path: Path) -> Iterator[tuple[ExpertId, dict[str, torch.Tensor]]]:
+    """(expert, its decoded tensors) of every record of a store."""
+    store = ExpertStore(path)
+    codec, layouts = store.manifest.codec_and_layouts()
+    for layer, of in enumerate(store.manifest.layers):
+        for index in range(of.num_experts):
+            record = torch.empty(store.record_bytes + 4096, dtype=torch.uint8)
+            record = record[-record.data_ptr() % 4096 :][: store.record_bytes]
+            store.read_into(ExpertId(layer, index), record.numpy().data)
+            yield ExpertId(layer, index), decode_expert(codec, layouts[layer], record)
+    store.close()
