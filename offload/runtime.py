@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from ..cache.stats import RunStats
 from ..quant.kernels import ExpertJob, ExpertKernels
 from .predictor import RouterPredictor
 from .prefetch import Prefetch
+from .reads import Reads
 from .recorder import NoRecorder, Recorder
 from .tiers import RamSlots
 from .transfer import Transfers
@@ -178,7 +178,7 @@ class ExpertRuntime:
         parts: torch.Tensor,
     ) -> None:
         """Hits at once, misses as they arrive, guesses behind them."""
-        reads = _Reads(self, layer, wanted, keep=self._worth_keeping(layer, work) if hidden.shape[0] > 1 else None)
+        reads = Reads(self, layer, wanted, keep=self._worth_keeping(layer, work) if hidden.shape[0] > 1 else None)
         try:
             reads.start()
             if guess:
@@ -223,70 +223,3 @@ class ExpertRuntime:
         self.transfers.close()
         if self.predictor is not None:
             self.predictor.close()
-
-
-class _Reads:
-    """The misses of one layer on their way: started as slots allow, handed out as they arrive, everything locked until
-    released, and nothing left half-done when an error or Ctrl-C cuts in.
-
-    Args:
-        keep: experts that stay after a prompt; the others leave first. None (an answer's token): all stay.
-    """
-
-    def __init__(self, runtime: ExpertRuntime, layer: int, wanted: Lookup, keep: set[int] | None) -> None:
-        self._cache, self._slots, self._transfers = runtime.cache, runtime.slots, runtime.transfers
-        self._prefetch, self._stats = runtime.prefetch, runtime.stats
-        self._layer = layer
-        # Guesses that turned out right come first: they own slots already, which nobody may take from them now.
-        self._flying = {e: self._prefetch.claim(e) for e in wanted.misses if self._cache.is_arriving(e)}
-        self._waiting = deque(e for e in wanted.misses if e not in self._flying)
-        self._keep, self._most = keep, runtime.prompt_reads
-        self._locked: set[ExpertId] = {*wanted.hits, *self._flying}
-        self._cache.lock(self._locked)
-
-    def start(self) -> None:
-        """Start as many reads as there are slots for."""
-        while self._waiting and (self._keep is None or len(self._flying) < self._most):
-            expert = self._waiting[0]
-            transient = self._keep is not None and expert.index not in self._keep
-            admission = self._cache.admit(expert, transient)
-            if admission is None:
-                return
-            self._prefetch.evicted(admission.evicted)
-            self._waiting.popleft()
-            self._flying[expert] = self._transfers.fetch(expert, self._slots.view(admission.slot), demand=True)
-            self._cache.lock((expert,))
-            self._locked.add(expert)
-
-    def next(self) -> list[ExpertId]:
-        """The experts that have arrived since, at least one; empty when all are through."""
-        self.start()
-        while self._waiting and not self._flying:  # every slot is taken by a guess for another layer
-            assert self._prefetch.make_room(), (self._waiting[0], self._cache.capacity)
-            self.start()
-        if not self._flying:
-            return []
-        begin = time.perf_counter()
-        done = self._transfers.wait_any(self._flying.values())
-        self._stats.record_stall(self._layer, time.perf_counter() - begin)
-        for ticket in done:
-            del self._flying[ticket.expert]
-            self._cache.arrived(ticket.expert)
-        return [ticket.expert for ticket in done]
-
-    def release(self, experts: Sequence[ExpertId]) -> None:
-        self._cache.unlock(experts)
-        self._locked.difference_update(experts)
-
-    def close(self) -> None:
-        """After an error: wait for reads under way, since they write into slots, and forget them."""
-        for expert, ticket in self._flying.items():
-            if not self._transfers.cancel(ticket):
-                try:
-                    while not ticket.done:
-                        self._transfers.wait_any((ticket,))
-                except Exception:
-                    pass  # the first error is already on its way to the user
-            self._cache.abandon(expert)
-        self._cache.unlock(tuple(self._locked))
-        self._locked.clear()
