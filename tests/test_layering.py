@@ -21,8 +21,10 @@ ORDER = {
     "cache": "expert units order published forecast policy manager report stats trace replay advice",
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (
-        "errors config memory source apart kv_cache hf prequantized hf_keys hf_layers workspace checkpoint convert "
-        "store tiers transfer predictor prefetch reads recorder runtime lean generate model loading demo_store demo"
+        "errors config placement memory source apart kv_cache "
+        "hf prequantized hf_keys hf_layers workspace checkpoint convert "
+        "store tiers transfer predictor prefetch reads recorder runtime "
+        "lean generate model loading demo_store demo"
     ),
 }
 FILES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))
