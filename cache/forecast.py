@@ -20,11 +20,23 @@ from math import inf, log2, sqrt
 from .expert import ExpertId
 from .order import SortedOrder
 
+HALF_LIFE, SPAN, DOUBT = 48.0, 73.0, 0.5  # tokens, tokens, uses
+
+
+def faded(count: float, age: float) -> float:
+    """What is left of a decayed count of uses after `age` tokens without one."""
+    return count * 2.0 ** (-age / HALF_LIFE)
+
+
+def expected_wait(count: float, age: float) -> float:
+    """Tokens until the next use of an expert whose decayed count is now `count`, `age` tokens after its last use."""
+    return SPAN * sqrt(age + 1.0) / (count + DOUBT)
+
 
 class Forecast(SortedOrder):
     """The expert whose next use is expected last leaves first."""
 
-    HALF_LIFE, SPAN, DOUBT, FADE = 48.0, 73.0, 0.5, 6.0  # tokens, tokens, uses, tokens
+    FADE = 6.0  # tokens
     INSTANT = 1e-6  # tokens between two requests: no two are at the same time
 
     def __init__(self, capacity: int = 0, cycle: int = 0) -> None:
@@ -38,7 +50,7 @@ class Forecast(SortedOrder):
         self._now = now = self._now + self.INSTANT
         self._turn[expert[0]] = self._token
         count, last = self._uses.get(expert, (0.0, now))
-        count = 1.0 + count * 2.0 ** ((last - now) / self.HALF_LIFE)
+        count = 1.0 + faded(count, now - last)
         self._uses[expert] = count, now
         self.place(expert, log2(count) + now / self.FADE)
 
@@ -63,6 +75,6 @@ class Forecast(SortedOrder):
         for expert in order:
             count, last = self._uses[expert]
             age = now - last  # below 0 by instants in the token of the last use
-            wait = self.SPAN * sqrt(age + 1.0) / (count * 2.0 ** (-age / self.HALF_LIFE) + self.DOUBT)
+            wait = expected_wait(faded(count, age), age)
             self.ranks[expert] = least = max(least, -now - wait)
             yield expert

@@ -147,6 +147,10 @@ class ExpertCache:
         (self._transient if transient else self._policy).insert(expert)
         return Admission(slot, victim)
 
+    def victim(self, layer: int) -> ExpertId | None:
+        """Who would leave for an admission to `layer` now; None while a slot is free, and when nobody may leave."""
+        return None if self._free else self._victim(layer)
+
     def arrived(self, expert: ExpertId) -> None:
         """The bytes of `expert` are in its slot."""
         assert expert in self._arriving, f"{expert} is not arriving"

@@ -18,7 +18,7 @@ MOST_LINES = 400
 # A file imports only files to its left. Those that are not named here are free, as long as nothing goes in circles.
 ORDER = {
     "quant": "int4 int8 mxfp4 codecs kernels native native_step triton_kernels linear",
-    "cache": "expert units order published forecast policy manager report stats trace replay advice",
+    "cache": "expert units order published forecast hybrid policy manager report stats trace replay advice",
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (
         "errors config placement memory source apart kv_cache "

@@ -1,0 +1,210 @@
+"""Decisions of a GPU whose experts lie partly in RAM: which misses are copied, which the CPU computes, who is admitted.
+
+Pure arithmetic over measured costs, the same for the runtime and for the simulator. A record in RAM is read there by
+both the link and the CPU, so an upload that nobody waits for is not free either: it takes speed from the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import NamedTuple, TypeVar
+
+from .expert import ExpertId
+from .forecast import expected_wait, faded
+
+MOST_UPLOADS = 2
+"""Uploads per layer and token that nobody waits for."""
+HORIZON = 24.0
+"""Tokens for which the difference between two experts' uses is believed to last."""
+_MOST_RATIO = 4.0  # one page fault or a clock that has not risen yet says little
+Expert = TypeVar("Expert")
+
+
+class Cost(NamedTuple):
+    """Seconds of a call over `count` experts: `fixed + count * each`, nothing when there are none."""
+
+    fixed: float
+    each: float
+
+    def of(self, count: int) -> float:
+        return self.fixed + count * self.each if count else 0.0
+
+    def scaled(self, factor: float) -> Cost:
+        return Cost(self.fixed * factor, self.each * factor)
+
+
+class Measured(NamedTuple):
+    """What a call over `count` experts took."""
+
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TierCosts:
+    """What one record costs each way, for the layers of one model on one machine."""
+
+    copy: Cost
+    """From RAM to VRAM; `fixed` is the latency before the first byte, `each` includes what every copy adds."""
+    cpu: Cost
+    """Computed by the CPU; `fixed` includes sending the activations down and the result up."""
+    gpu: Cost
+    """Computed by the GPU from VRAM; `fixed` is the launch."""
+    cpu_slowdown: float = 0.0
+    """Share of its speed, from 0 to 1, that the CPU loses while a copy reads the same RAM."""
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.cpu_slowdown < 1, f"a CPU slowed down by {self.cpu_slowdown} never ends"
+
+    @property
+    def saving(self) -> float:
+        """Seconds that a hit saves: while CPU and link both work, misses are done at the sum of their speeds."""
+        copy, cpu = self.copy.each, self.cpu.each
+        miss = copy * cpu / (copy + cpu) if copy + cpu else 0.0
+        return max(0.0, miss - self.gpu.each)
+
+    def corrected(
+        self,
+        *,
+        copy: Measured | None = None,
+        cpu: Measured | None = None,
+        gpu: Measured | None = None,
+        weight: float = 0.05,
+    ) -> TierCosts:
+        """Moved towards what was measured by the share `weight`, fixed and per-expert parts in proportion.
+
+        A single measurement moves a cost by `weight` x 3 at most, however odd it is. What took no time, or had no
+        expert, or was taken to be free, corrects nothing. Measure the CPU while nothing is copied.
+        """
+
+        def moved(cost: Cost, measured: Measured | None) -> Cost:
+            if measured is None or measured.seconds <= 0 or cost.of(measured.count) <= 0:
+                return cost
+            ratio = measured.seconds / cost.of(measured.count)
+            return cost.scaled(1 + weight * (min(max(ratio, 1 / _MOST_RATIO), _MOST_RATIO) - 1))
+
+        return replace(self, copy=moved(self.copy, copy), cpu=moved(self.cpu, cpu), gpu=moved(self.gpu, gpu))
+
+
+class Ends(NamedTuple):
+    """Seconds from the router's choice until each device has computed its share of a layer."""
+
+    gpu: float
+    cpu: float
+
+
+def ends(hits: int, copied: int, on_cpu: int, costs: TierCosts, *, late: int = 0, link_busy: float = 0.0) -> Ends:
+    """When a layer's experts are done: the GPU computes the hits together, then each copy as it arrives.
+
+    Args:
+        late: experts besides, whose copies were in flight before; all have arrived when the link is free.
+        link_busy: seconds until the link is free of what was asked of it before.
+    """
+    one, gpu = costs.gpu.of(1), costs.gpu.of(hits)
+    if late:
+        gpu = max(gpu, link_busy) + costs.gpu.of(late)
+    if copied:  # copies arrive evenly, so that the GPU waits longest for the first or for the last
+        first, last = link_busy + costs.copy.of(1), link_busy + costs.copy.of(copied)
+        gpu = max(max(gpu, first) + copied * one, last + one)
+    alone, copying = costs.cpu.of(on_cpu), link_busy + costs.copy.of(copied)
+    done_while_copying = copying * (1 - costs.cpu_slowdown)
+    if alone <= done_while_copying:
+        return Ends(gpu, alone / (1 - costs.cpu_slowdown))
+    return Ends(gpu, alone + copying - done_while_copying)
+
+
+class Split(NamedTuple):
+    """What becomes of the misses of a layer whose records are in RAM."""
+
+    copied: tuple
+    on_cpu: tuple
+
+
+def split_misses(
+    hits: int,
+    in_ram: Sequence[Expert],
+    costs: TierCosts,
+    *,
+    late: int = 0,
+    link_busy: float = 0.0,
+    most: int | None = None,
+) -> Split:
+    """Divide misses between the link and the CPU so that the later of the two ends as early as can be.
+
+    Experts are alike, so every number of copies is tried; of equal ones the fewest copies are taken.
+
+    Args:
+        hits: experts in VRAM, which the GPU computes meanwhile.
+        in_ram: the misses, the one most worth having in VRAM first: copied are the first ones.
+        late, link_busy: as in `ends`.
+        most: copies for which there is room.
+    """
+    misses = len(in_ram)
+    least, best = inf, 0
+    for copied in range(min(misses, misses if most is None else most) + 1):
+        gpu, cpu = ends(hits, copied, misses - copied, costs, late=late, link_busy=link_busy)
+        if max(gpu, cpu) < least:
+            least, best = max(gpu, cpu), copied
+        if gpu >= least:  # and more copies only make it later
+            break
+    return Split(tuple(in_ram[:best]), tuple(in_ram[best:]))
+
+
+class Worth:
+    """How often each expert is expected to be used, resident or not: the estimate of the `forecast` policy.
+
+    Tell it every use, also those that the CPU computes: an eviction policy sees residents only.
+    """
+
+    def __init__(self) -> None:
+        self._token = 0
+        self._uses: dict[ExpertId, tuple[float, int]] = {}  # decayed count at the last use, and when that was
+
+    def use(self, experts: Iterable[ExpertId]) -> None:
+        """These experts were chosen for the present token."""
+        for expert in experts:
+            count, last = self._uses.get(expert, (0.0, self._token))
+            self._uses[expert] = 1.0 + faded(count, self._token - last), self._token
+
+    def tick(self) -> None:
+        """One token is done."""
+        self._token += 1
+
+    def rate(self, expert: ExpertId) -> float:
+        """Expected uses per token, from 0 for an expert that was never used."""
+        if expert not in self._uses:
+            return 0.0
+        count, last = self._uses[expert]
+        age = self._token - last
+        return min(1.0, 1 / expected_wait(faded(count, age), age))
+
+    def ordered(self, experts: Iterable[ExpertId]) -> list[ExpertId]:
+        """Most worth having first, as `split_misses` wants them."""
+        return sorted(experts, key=self.rate, reverse=True)
+
+    def gain(self, expert: ExpertId, victim: ExpertId | None) -> float:
+        """Hits, also below 0, that having `expert` instead of `victim` (None: an empty slot) is expected to bring."""
+        return HORIZON * (self.rate(expert) - (0.0 if victim is None else self.rate(victim)))
+
+
+def worth_admitting(gain: float, costs: TierCosts, *, copied: bool = False) -> bool:
+    """Whether an expert should become resident in VRAM, given what `Worth.gain` says of it and its victim.
+
+    Args:
+        copied: it is in VRAM in any case, because it was copied to be computed there: admission costs nothing more.
+    """
+    price = 0.0 if copied else costs.cpu_slowdown * costs.copy.each  # what the CPU loses meanwhile
+    return gain > 0 and gain * costs.saving > price
+
+
+def upload_budget(costs: TierCosts, idle: float, most: int = MOST_UPLOADS) -> int:
+    """How many uploads a layer may start that nobody waits for.
+
+    Args:
+        idle: seconds that the link would otherwise idle, normally until the next layer's router has chosen. The last
+            upload may outlast it by less than half a copy.
+    """
+    each = costs.copy.each
+    return most if each <= 0 else max(0, min(most, int(idle / each + 0.5)))
