@@ -95,16 +95,18 @@ class Ends(NamedTuple):
     cpu: float
 
 
-def ends(hits: int, copied: int, on_cpu: int, costs: TierCosts, *, late: int = 0, link_busy: float = 0.0) -> Ends:
+def ends(
+    hits: int, copied: int, on_cpu: int, costs: TierCosts, *, late: Sequence[float] = (), link_busy: float = 0.0
+) -> Ends:
     """When a layer's experts are done: the GPU computes the hits together, then each copy as it arrives.
 
     Args:
-        late: experts besides, whose copies were in flight before; all have arrived when the link is free.
+        late: of the experts besides whose copies were in flight before, seconds until each arrives, ascending.
         link_busy: seconds until the link is free of what was asked of it before.
     """
     one, gpu = costs.gpu.of(1), costs.gpu.of(hits)
-    if late:
-        gpu = max(gpu, link_busy) + costs.gpu.of(late)
+    for arrival in late:
+        gpu = max(gpu, arrival) + one
     if copied:  # copies arrive evenly, so that the GPU waits longest for the first or for the last
         first, last = link_busy + costs.copy.of(1), link_busy + costs.copy.of(copied)
         gpu = max(max(gpu, first) + copied * one, last + one)
@@ -127,7 +129,7 @@ def split_misses(
     in_ram: Sequence[Expert],
     costs: TierCosts,
     *,
-    late: int = 0,
+    arriving: Sequence[tuple[float, Expert]] = (),
     link_busy: float = 0.0,
     most: int | None = None,
 ) -> Split:
@@ -138,18 +140,25 @@ def split_misses(
     Args:
         hits: experts in VRAM, which the GPU computes meanwhile.
         in_ram: the misses, the one most worth having in VRAM first: copied are the first ones.
-        late, link_busy: as in `ends`.
+        arriving: misses besides whose copies are in flight, with the seconds until each arrives, ascending. The GPU
+            waits for them, unless the CPU is quicker: those are among `on_cpu`, and their copies go on.
+        link_busy: as in `ends`.
         most: copies for which there is room.
     """
     misses = len(in_ram)
-    least, best = inf, 0
-    for copied in range(min(misses, misses if most is None else most) + 1):
-        gpu, cpu = ends(hits, copied, misses - copied, costs, late=late, link_busy=link_busy)
-        if max(gpu, cpu) < least:
-            least, best = max(gpu, cpu), copied
-        if gpu >= least:  # and more copies only make it later
-            break
-    return Split(tuple(in_ram[:best]), tuple(in_ram[best:]))
+    room = misses if most is None else min(most, misses)
+    least, best, best_waited = inf, 0, 0
+    for waited in range(len(arriving), -1, -1):
+        late = [arrival for arrival, _ in arriving[:waited]]
+        for copied in range(room + 1):
+            on_cpu = misses - copied + len(arriving) - waited
+            gpu, cpu = ends(hits, copied, on_cpu, costs, late=late, link_busy=link_busy)
+            if max(gpu, cpu) < least:
+                least, best, best_waited = max(gpu, cpu), copied, waited
+            if gpu >= least:  # and more copies only make it later
+                break
+    on_cpu = (*in_ram[best:], *(expert for _, expert in arriving[best_waited:]))
+    return Split(tuple(in_ram[:best]), on_cpu)
 
 
 class Worth:

@@ -32,11 +32,11 @@ def random_costs(rng: random.Random) -> TierCosts:
     return TierCosts(cost(), cost(), cost(), rng.choice([0.0, rng.uniform(0, 0.9)]))
 
 
-def played(hits: int, copied: int, on_cpu: int, costs: TierCosts, late: int, link_busy: float) -> float:
+def played(hits: int, copied: int, on_cpu: int, costs: TierCosts, late: list[float], link_busy: float) -> float:
     """The later end, event by event instead of by formula."""
     gpu = costs.gpu.of(hits)
-    if late:
-        gpu = max(gpu, link_busy) + costs.gpu.of(late)
+    for arrival in late:
+        gpu = max(gpu, arrival) + costs.gpu.of(1)
     arrivals = accumulate([costs.copy.of(1)] + [costs.copy.each] * (copied - 1)) if copied else []
     link = link_busy
     for arrival in arrivals:
@@ -52,12 +52,20 @@ def played(hits: int, copied: int, on_cpu: int, costs: TierCosts, late: int, lin
 @pytest.mark.parametrize("seed", range(400))
 def test_no_other_split_ends_earlier(seed):
     rng = random.Random(seed)
-    costs, hits, misses, late = random_costs(rng), rng.randrange(9), rng.randrange(17), rng.randrange(3)
+    costs, hits, misses = random_costs(rng), rng.randrange(9), rng.randrange(17)
     link_busy = rng.choice([0.0, rng.uniform(0, 5e-3)])
-    split = split_misses(hits, range(misses), costs, late=late, link_busy=link_busy)
-    assert (*split.copied, *split.on_cpu) == tuple(range(misses))
-    all_ends = [played(hits, n, misses - n, costs, late, link_busy) for n in range(misses + 1)]
-    assert all_ends[len(split.copied)] == pytest.approx(min(all_ends))
+    arrivals = sorted(rng.uniform(0, link_busy) for _ in range(rng.randrange(3) if link_busy else 0))
+    flying = [(arrival, 100 + i) for i, arrival in enumerate(arrivals)]
+    split = split_misses(hits, range(misses), costs, arriving=flying, link_busy=link_busy)
+    waited = len(arrivals) - sum(expert >= 100 for expert in split.on_cpu)
+    assert sorted((*split.copied, *split.on_cpu)) == [*range(misses), *(expert for _, expert in flying[waited:])]
+
+    def end(copied: int, waited: int) -> float:
+        on_cpu = misses - copied + len(arrivals) - waited
+        return played(hits, copied, on_cpu, costs, arrivals[:waited], link_busy)
+
+    best = min(end(n, w) for n in range(misses + 1) for w in range(len(arrivals) + 1))
+    assert end(len(split.copied), waited) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -107,6 +115,14 @@ def test_a_link_that_is_busy_and_a_lack_of_room_both_limit_copies():
     assert len(split_misses(0, SOME, fast, link_busy=0.5e-3).copied) < free
     assert len(split_misses(0, SOME, fast, most=1).copied) == 1
     assert split_misses(0, SOME, fast, most=0).copied == ()
+
+
+def test_a_copy_in_flight_is_waited_for_only_where_the_cpu_is_not_quicker():
+    assert split_misses(2, [], LAPTOP, arriving=[(0.1e-3, "soon"), (5e-3, "late")], link_busy=5e-3).on_cpu == ("late",)
+
+
+def test_of_two_equal_ways_the_one_with_fewer_copies_is_taken():
+    assert split_misses(0, SOME[:1], TierCosts(Cost(0.0, 1.0), Cost(0.0, 1.0), FREE)).copied == ()
 
 
 def test_no_miss_is_no_work():
