@@ -29,7 +29,10 @@ def verify_store(path: Path, **options: Any) -> list[str]:
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A Hugging Face checkpoint directory.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A Hugging Face checkpoint directory or a GGUF file.", show_default=False
+        ),
     ],
     dest: Annotated[
         Path, typer.Argument(metavar="DEST", help="The store's directory, which is made.", show_default=False)

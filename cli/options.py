@@ -146,7 +146,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A store, a Hugging Face checkpoint directory, or the name of a model in the local Hugging Face cache.",
+        help="A store, a Hugging Face checkpoint directory, a GGUF file, or a model in the local Hugging Face cache.",
         show_default=False,
     ),
 ]

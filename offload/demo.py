@@ -23,7 +23,8 @@ from .convert import convert, is_free
 from .demo_download import GGUF_SHA256, ready_gguf
 from .demo_store import CODEC, RECIPE, default_place, is_built, recipe_version
 from .errors import DataError, UsageError
-from .gguf_llama import GgufLlama, write_json
+from .gguf_llama import GgufLlama
+from .gguf_tokenizer import write_json
 from .source import MoeLayer, OnNotice, OnProgress
 
 GROUP = 32

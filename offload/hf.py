@@ -176,6 +176,15 @@ def read_config(path: Path) -> Any:
         raise DataError(f"{file} cannot be used: {error}") from None
 
 
+def make_config(content: dict[str, Any]) -> Any:
+    """The transformers config of the content of a config.json that never was a file."""
+    settings = {key: value for key, value in content.items() if key != "model_type"}
+    try:
+        return AutoConfig.for_model(content["model_type"], **settings)
+    except Exception as error:  # the library raises many kinds for bad values
+        raise DataError(f"the model's metadata cannot be used: {' '.join(str(error).split())}") from error
+
+
 def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> Skeleton:
     """The model of a config on the meta device, its experts dropped.
 

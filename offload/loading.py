@@ -17,11 +17,14 @@ import xxhash
 from .apart import run_apart
 from .config import DEFAULT_CODEC, MXFP4, OffloadConfig, default_trunk, kept_codec
 from .errors import DataError
+from .gguf_file import is_gguf, keeping_codec, read_gguf
 from .manifest import is_store, read_identity
 from .memory import left_for_child
 from .source import OnNotice, OnProgress
 
 if TYPE_CHECKING:
+    from .checkpoint import CheckpointSource
+    from .gguf_source import GgufSource
     from .model import Model
 
 _KEPT = " (the values that the experts ship with)"
@@ -39,8 +42,8 @@ def load(
     """Load a model whose experts may be larger than memory.
 
     Args:
-        path: a store, a checkpoint directory (converted into the user's cache folder on first use), or the id of a
-            repository in the local Hugging Face cache.
+        path: a store, a checkpoint directory or GGUF file (converted into the user's cache folder on first use), or the
+            id of a repository in the local Hugging Face cache.
         codec: record format for a conversion; by default what keeps the values of experts that ship packed,
             "mxfp4" or an INT4, else "int4-g32".
         trunk: format of the large trunk matrices for a conversion, "int8-g32" by default; "keep" leaves them.
@@ -105,12 +108,11 @@ def convert_checkpoint(
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
 ) -> Path:
-    """`convert` of a checkpoint directory, in this process; the default codec is that of `load`."""
-    from .checkpoint import CheckpointSource
+    """`convert` of a checkpoint directory or GGUF file, in this process; the default codec is that of `load`."""
     from .convert import convert
 
     notice = on_notice or (lambda _: None)
-    source = CheckpointSource(Path(path), on_notice)
+    source = _open_source(Path(path), on_notice)
     if codec is None and source.kept_codec is not None:
         notice(f"converting to {source.kept_codec}{_KEPT}")
     codec = codec or source.kept_codec or DEFAULT_CODEC
@@ -120,8 +122,23 @@ def convert_checkpoint(
     return convert(source, Path(dest), codec, on_progress, on_notice, trunk, ram)
 
 
+def _open_source(path: Path, on_notice: OnNotice | None) -> CheckpointSource | GgufSource:
+    if is_gguf(path):
+        from .gguf_source import GgufSource
+
+        return GgufSource(path, on_notice)
+    from .checkpoint import CheckpointSource
+
+    files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+    if files:
+        raise DataError(f"{path} holds GGUF files; name one of them, such as {files[0]}")
+    return CheckpointSource(path, on_notice)
+
+
 def _kept_codec(checkpoint: Path) -> str | None:
     """`kept_codec` of a checkpoint; what is wrong with its config is said elsewhere."""
+    if is_gguf(checkpoint):
+        return keeping_codec(read_gguf(checkpoint))
     try:
         return kept_codec(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["quantization_config"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -134,13 +151,14 @@ def _out_of_date(store: Path, checkpoint: Path) -> str | None:
         identity = read_identity(store)
     except DataError as error:
         return str(error).partition(";")[0]
+    directory = checkpoint.parent if is_gguf(checkpoint) else checkpoint
     for name, size, mtime in identity.get("files", []):
         try:
-            stat = (checkpoint / name).stat()
+            stat = (directory / name).stat()
         except OSError:
             continue  # the store outlives its source
         if (stat.st_size, stat.st_mtime_ns) != (size, mtime):
-            return f"{checkpoint / name} has changed since it was converted"
+            return f"{directory / name} has changed since it was converted"
     return None
 
 

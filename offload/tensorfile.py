@@ -53,9 +53,13 @@ class TensorEntry(NamedTuple):
 
     def read_index(self, index: int) -> torch.Tensor:
         """`tensor[index:index + 1]` along the first dimension, reading only those bytes."""
-        assert self.shape and 0 <= index < self.shape[0], (self.name, self.shape, index)
+        return self.read_rows(index, index + 1)
+
+    def read_rows(self, start: int, stop: int) -> torch.Tensor:
+        """`tensor[start:stop]` along the first dimension, reading only those bytes."""
+        assert self.shape and 0 <= start < stop <= self.shape[0], (self.name, self.shape, start, stop)
         step = self.nbytes // self.shape[0]
-        return self._read(index * step, (1, *self.shape[1:]))
+        return self._read(start * step, (stop - start, *self.shape[1:]))
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
         dtype = DTYPES.get(self.dtype)

@@ -207,11 +207,16 @@ def encode_expert(codec: Codec, layout: RecordLayout, weights: Mapping[str, Weig
 def _encode(codec: Codec, weight: Weight) -> torch.Tensor:
     if isinstance(weight, Mxfp4Matrix) and isinstance(codec, Mxfp4Codec):
         return mxfp4.pack(weight)
-    if isinstance(weight, Int4Matrix) and isinstance(codec, Int4Codec) and codec.fmt == int4.Int4Format(weight.group):
-        return int4.repack(weight)
+    if isinstance(weight, Int4Matrix) and isinstance(codec, Int4Codec) and codec.fmt in _holding(weight.format):
+        return int4.repack(weight, codec.fmt)
     if not isinstance(weight, torch.Tensor):
         weight = weight.dequantize()
     return weight.float().contiguous().view(torch.uint8) if weight.dim() == 1 else codec.encode_matrix(weight)
+
+
+def _holding(fmt: int4.Int4Format) -> tuple[int4.Int4Format, ...]:
+    """The formats that hold the codes of another: a minimum of -8 scales makes a symmetric matrix asymmetric."""
+    return fmt, int4.Int4Format(fmt.group, symmetric=False)
 
 
 def decode_expert(

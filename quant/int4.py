@@ -61,27 +61,39 @@ class Int4Format:
 
 @dataclass(frozen=True)
 class Int4Matrix:
-    """A symmetric matrix as checkpoints hold it (the "pack-quantized" format of compressed-tensors)."""
+    """A matrix of 4-bit codes as checkpoints hold it, symmetric or with a minimum for each group."""
 
     words: torch.Tensor
     """int32 [rows, cols / 8]: eight codes each, the first column in the lowest bits."""
     scales: torch.Tensor
     """[rows, groups], any floating dtype."""
+    minimums: torch.Tensor | None = None
+    """[rows, groups]; None for symmetric matrices, whose code 8 is zero."""
+
+    @classmethod
+    def of_codes(cls, codes: torch.Tensor, scales: torch.Tensor, minimums: torch.Tensor | None = None) -> Int4Matrix:
+        """From codes 0..15, uint8 [rows, cols]; cols is a multiple of 8."""
+        pairs = codes[:, 0::2] | codes[:, 1::2] << 4
+        return cls(pairs.view(torch.int32), scales, minimums)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.words.shape[0], self.words.shape[1] * 8
 
     @property
-    def group(self) -> int:
-        return self.shape[1] // self.scales.shape[1]
+    def format(self) -> Int4Format:
+        """The format that holds its codes. Raises ValueError for a group size that no format has."""
+        return Int4Format(self.shape[1] // self.scales.shape[1], self.minimums is None)
 
     def __getitem__(self, rows: slice) -> Int4Matrix:
         """Some of the rows."""
-        return Int4Matrix(self.words[rows], self.scales[rows])
+        return Int4Matrix(*(None if part is None else part[rows] for part in self._parts()))  # type: ignore[arg-type]
 
     def contiguous(self) -> Int4Matrix:
-        return Int4Matrix(self.words.contiguous(), self.scales.contiguous())
+        return Int4Matrix(*(None if p is None else p.contiguous() for p in self._parts()))  # type: ignore[arg-type]
+
+    def _parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.words, self.scales, self.minimums
 
     def codes(self) -> torch.Tensor:
         """uint8 [rows, cols]."""
@@ -89,9 +101,14 @@ class Int4Matrix:
         return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights [rows, cols]; exact in float32."""
-        values = self.codes().unflatten(1, (-1, self.group)).float() - 8
-        return (values * self.scales.float().unsqueeze(-1)).flatten(1).to(dtype)
+        """The weights [rows, cols]; symmetric ones exact in float32."""
+        values = self.codes().unflatten(1, (self.scales.shape[1], -1)).float()
+        scales = self.scales.float().unsqueeze(-1)
+        if self.minimums is None:
+            values = (values - 8) * scales
+        else:
+            values = values * scales + self.minimums.float().unsqueeze(-1)
+        return values.flatten(1).to(dtype)
 
 
 def is_finite(values: torch.Tensor) -> bool:
@@ -181,16 +198,23 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, minimums: torch.Tensor | Non
     return out.reshape(-1)
 
 
-def repack(matrix: Int4Matrix) -> torch.Tensor:
-    """`pack` with the codes and scales that a matrix has already, for the symmetric format of its group.
+def repack(matrix: Int4Matrix, fmt: Int4Format) -> torch.Tensor:
+    """`pack` with the codes and scales that a matrix has already.
+
+    Args:
+        fmt: the matrix's own, or the asymmetric one of its group for a symmetric matrix.
 
     Raises:
-        ValueError: a scale is no float16.
+        ValueError: a scale or minimum is no number of float16.
     """
-    scales = matrix.scales.half()
-    if not torch.equal(scales.float(), matrix.scales.float()):
-        raise ValueError("a scale is no number of float16, as INT4 records have them; choose the codec bf16 or f32")
-    return pack(matrix.codes(), scales, None, Int4Format(matrix.group))
+    minimums = matrix.minimums
+    if minimums is None and not fmt.symmetric:
+        minimums = matrix.scales.float() * -8
+    for what, values in (("scale", matrix.scales), ("minimum", minimums)):
+        kept = values is None or (is_finite(values.half()) and torch.equal(values.half().float(), values.float()))
+        if not kept:
+            raise ValueError(f"a {what} is no number of float16, as INT4 records have them; choose codec bf16 or f32")
+    return pack(matrix.codes(), matrix.scales.half(), None if minimums is None else minimums.half(), fmt)
 
 
 def unpack(

@@ -19,7 +19,8 @@ from pocketmoe.cache.expert import ExpertId
 from pocketmoe.offload import demo, demo_download, demo_store
 from pocketmoe.offload.demo import Recipe, UpcycledSource, build_demo, load_recipe
 from pocketmoe.offload.errors import DataError, UsageError
-from pocketmoe.offload.gguf_llama import GgufLlama, unpermute
+from pocketmoe.offload.gguf_llama import GgufLlama
+from pocketmoe.offload.gguf_tensor import unpermute
 from pocketmoe.offload.store import ExpertStore, verify_store
 from pocketmoe.quant.codecs import decode_expert, encode_expert, get_codec, record_layout
 

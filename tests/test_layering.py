@@ -24,7 +24,8 @@ ORDER = {
         "errors config placement memory source apart kv_cache "
         "hf prequantized hf_keys hf_layers workspace checkpoint convert "
         "store tiers transfer predictor prefetch reads recorder runtime "
-        "lean generate model loading demo_store demo"
+        "lean generate model "
+        "gguf_file gguf_config gguf_tensor gguf_tokenizer gguf_llama gguf_source loading demo_store demo"
     ),
 }
 FILES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))

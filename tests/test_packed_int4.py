@@ -77,7 +77,7 @@ def test_repacking_keeps_codes_and_scales(group: int):
         codes = torch.randint(16, (rows, 3 * group), generator=generator)
         matrix = Int4Matrix(words_of(codes), torch.rand(rows, 3, generator=generator).bfloat16())
         assert torch.equal(matrix.codes(), codes.to(torch.uint8))
-        packed = int4.repack(matrix)
+        packed = int4.repack(matrix, matrix.format)
         got, scales, _ = int4.unpack(packed, *matrix.shape, Int4Format(group))
         assert torch.equal(got, matrix.codes()) and torch.equal(scales.float(), matrix.scales.float())
         assert torch.equal(int4.dequantize(packed, *matrix.shape, Int4Format(group)), matrix.dequantize())
