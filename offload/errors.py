@@ -36,6 +36,10 @@ class DeviceError(PocketMoEError):
     exit_code = 5
 
 
+class DeviceMemoryError(DeviceError):
+    """A device's memory has run out."""
+
+
 def require_known(names: Iterable[str], known: Sequence[str], what: str) -> None:
     """Raises UsageError for a name that is not known; says the nearest one, or all of them."""
     for name in names:

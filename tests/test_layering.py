@@ -21,11 +21,10 @@ ORDER = {
     "cache": "expert units order published forecast hybrid policy manager report stats trace replay advice",
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (
-        "errors config placement memory source apart kv_cache "
-        "hf prequantized hf_keys hf_layers workspace checkpoint convert "
-        "store tiers transfer predictor prefetch reads recorder runtime "
-        "lean generate model "
-        "gguf_file gguf_config gguf_tensor gguf_tokenizer gguf_llama gguf_source loading demo_store demo"
+        "errors config placement memory device simulated_device source apart kv_cache hf prequantized "
+        "hf_keys hf_layers workspace checkpoint convert store tiers transfer predictor prefetch reads "
+        "recorder runtime device_runtime lean generate model gguf_file gguf_config gguf_tensor "
+        "gguf_tokenizer gguf_llama gguf_source loading demo_store demo"
     ),
 }
 FILES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))

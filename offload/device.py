@@ -1,0 +1,242 @@
+"""A device with memory of its own: one queue that computes, one that copies, and marks that order the two.
+
+Everything that the runtime asks of a GPU is in the protocol `Device`. `TorchDevice` is written against
+`torch.accelerator`, `torch.Stream` and `torch.Event`, so that CUDA, ROCm and XPU are the same code; what differs is
+in `pin` alone. `simulated_device.py` has the twin that tests run on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+
+from .errors import DeviceMemoryError, UsageError
+
+_ALIGNMENT = 64
+_QUEUED = ("cuda", "xpu")
+"""Kinds with queues of their own. Apple's share the processor's memory: slots in RAM serve them as well."""
+
+
+class Mark(Protocol):
+    """A place in a queue. It is passed when all work that was queued before it is over."""
+
+    def passed(self) -> bool: ...
+
+    def wait(self) -> None:
+        """Block the caller until it is passed."""
+        ...
+
+    def seconds(self) -> float:
+        """How long the copy took whose end this marks. Only once it is passed."""
+        ...
+
+
+class Device(Protocol):
+    """What computes the trunk and the resident experts.
+
+    torch operations on the device's tensors belong to the compute queue, in program order.
+    """
+
+    name: str
+    torch_device: torch.device
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Memory on the device, of undefined content. Raises DeviceMemoryError."""
+        ...
+
+    def launch(self, work: Callable[[], None]) -> None:
+        """Queue a kernel: `work` computes on tensors of this device."""
+        ...
+
+    def join(self) -> None:
+        """What has been launched precedes the torch operations that follow."""
+        ...
+
+    def compute_after(self, mark: Mark) -> None:
+        """What is launched from now on begins when `mark` is passed. Does not block the caller."""
+        ...
+
+    def mark(self) -> Mark:
+        """The present end of the compute queue."""
+        ...
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Iterable[Mark]) -> Mark:
+        """Queue a copy from pinned RAM on the copying queue; it begins when all of `after` are passed. The source must
+        stay as it is until the returned mark is passed."""
+        ...
+
+    def put(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a small copy from RAM on the compute queue. The source must stay until the next `to_host`."""
+        ...
+
+    def to_host(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Wait for the compute queue and bring tensors to RAM, valid until the next call. The only wait of a layer."""
+        ...
+
+    def discard(self, target: torch.Tensor, after: Iterable[Mark]) -> None:
+        """Nobody will read this memory, once all of `after` are passed, before it is written again."""
+        ...
+
+    def pin(self, memory: torch.Tensor) -> str | None:
+        """Lock pages of RAM for fast copies; returns why not, if it cannot."""
+        ...
+
+    def unpin(self, memory: torch.Tensor) -> None: ...
+
+    def free_bytes(self) -> int:
+        """Memory that can still be taken, what torch holds in reserve included."""
+        ...
+
+    def trim(self) -> None:
+        """Give memory that torch holds in reserve back to the device."""
+        ...
+
+
+class _TorchMark:
+    """An event, and for copies the one before it."""
+
+    __slots__ = ("_begin", "_end")
+
+    def __init__(self, end: torch.Event, begin: torch.Event | None = None) -> None:
+        self._end, self._begin = end, begin
+
+    def passed(self) -> bool:
+        return self._end.query()
+
+    def wait(self) -> None:
+        self._end.synchronize()
+
+    def seconds(self) -> float:
+        assert self._begin is not None, "only copies are timed"
+        return self._begin.elapsed_time(self._end) / 1000
+
+    def hold_up(self, stream: torch.Stream) -> None:
+        stream.wait_event(self._end)
+
+
+class TorchDevice:
+    """A GPU, through torch's own streams and events.
+
+    Raises:
+        UsageError: there is none of that name; says what there is.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.torch_device = require_device(name)
+        self.name = str(self.torch_device)
+        torch.accelerator.set_device_index(self.torch_device.index or 0)
+        self._copies = torch.Stream(device=self.torch_device)
+        self._staging = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        with memory_errors(self.name):
+            return torch.empty(shape, dtype=dtype, device=self.torch_device)
+
+    def launch(self, work: Callable[[], None]) -> None:
+        with memory_errors(self.name):
+            work()
+
+    def join(self) -> None:
+        pass  # one and the same queue
+
+    def compute_after(self, mark: Mark) -> None:
+        assert isinstance(mark, _TorchMark)
+        mark.hold_up(torch.accelerator.current_stream(self.torch_device))
+
+    def mark(self) -> Mark:
+        return _TorchMark(torch.accelerator.current_stream(self.torch_device).record_event())
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Iterable[Mark]) -> Mark:
+        for mark in after:
+            assert isinstance(mark, _TorchMark)
+            mark.hold_up(self._copies)
+        begin, end = (torch.Event(device=self.torch_device, enable_timing=True) for _ in range(2))
+        compute = torch.accelerator.current_stream(self.torch_device)
+        torch.accelerator.set_stream(self._copies)
+        try:
+            begin.record(self._copies)
+            target.copy_(source, non_blocking=True)
+            end.record(self._copies)
+        finally:
+            torch.accelerator.set_stream(compute)
+        return _TorchMark(end, begin)
+
+    def put(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def to_host(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        offsets, end = [], 0
+        for tensor in tensors:
+            offsets.append(end)
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if self._staging.nbytes < end:
+            self._staging = _pinned(end)
+        out = []
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            place = self._staging[offset : offset + tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
+            out.append(place.copy_(tensor, non_blocking=True))
+        self.mark().wait()
+        return out
+
+    def discard(self, target: torch.Tensor, after: Iterable[Mark]) -> None:
+        pass  # its content does no harm; the simulated twin poisons it
+
+    def pin(self, memory: torch.Tensor) -> str | None:
+        if self.torch_device.type != "cuda":  # torch registers memory that it did not allocate with CUDA and ROCm only
+            return f"torch has no call for it on {self.torch_device.type}"
+        code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)  # type: ignore[union-attr]
+        return None if int(code) == 0 else f"the driver refused, error {int(code)}"
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[union-attr]
+
+    def free_bytes(self) -> int:
+        module = torch.get_device_module(self.torch_device)
+        free, _total = module.mem_get_info(self.torch_device)
+        reserve = module.memory_reserved(self.torch_device) - module.memory_allocated(self.torch_device)
+        return free + reserve
+
+    def trim(self) -> None:
+        torch.get_device_module(self.torch_device).empty_cache()
+
+
+def require_device(name: str) -> torch.device:
+    """The torch device of that name. Raises UsageError when it does not exist or has no memory of its own."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is none that torch knows; use cpu, cuda, cuda:1 or xpu") from None
+    if device.type not in _QUEUED:
+        raise UsageError(f"device {name!r} has no memory of its own to keep experts in; use --device cpu")
+    count = torch.accelerator.device_count() if default_device() == device.type else 0
+    if (device.index or 0) >= count:
+        there = ", ".join(f"{default_device()}:{i}" for i in range(torch.accelerator.device_count())) or "no GPU at all"
+        raise UsageError(f"device {name!r} does not exist: torch {torch.__version__} sees {there}; use --device cpu")
+    return torch.device(device.type, device.index or 0)
+
+
+def default_device() -> str:
+    """The kind of GPU that torch can use now, "cpu" without one."""
+    if not torch.accelerator.is_available():
+        return "cpu"
+    kind = torch.accelerator.current_accelerator()
+    return kind.type if kind is not None and kind.type in _QUEUED else "cpu"
+
+
+@contextlib.contextmanager
+def memory_errors(name: str) -> Iterator[None]:
+    """torch's error for memory that has run out, as ours."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(f"{name} has run out of memory: {str(error).splitlines()[0]}") from None
+
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(nbytes, dtype=torch.uint8)
