@@ -105,8 +105,7 @@ class ExpertCache:
             if expert not in transient:
                 self._policy.touch(expert)
             elif promote:
-                self._transient.remove(expert)
-                self._policy.insert(expert)
+                self.promote(expert)
         return Lookup(tuple(hits), tuple(misses))
 
     def slot_of(self, expert: ExpertId) -> int | None:
@@ -151,6 +150,10 @@ class ExpertCache:
         """Who would leave for an admission to `layer` now; None while a slot is free, and when nobody may leave."""
         return None if self._free else self._victim(layer)
 
+    def next_victim(self, layer: int) -> ExpertId | None:
+        """Who would leave for an admission to `layer` now: nobody while a slot is free, or where nobody may leave."""
+        return None if self._free else self._victim(layer)
+
     def arrived(self, expert: ExpertId) -> None:
         """The bytes of `expert` are in its slot."""
         assert expert in self._arriving, f"{expert} is not arriving"
@@ -162,6 +165,18 @@ class ExpertCache:
         assert expert in self._arriving, f"{expert} is not arriving"
         self._arriving.remove(expert)
         self._free.append(self._release(expert))
+
+    def demote(self, expert: ExpertId) -> None:
+        """Put a resident expert among the first to leave: it is to be had elsewhere, too."""
+        if expert in self._slots and expert not in self._transient.ranks:
+            self._policy.remove(expert)
+            self._transient.insert(expert)
+
+    def promote(self, expert: ExpertId) -> None:
+        """Undo `demote`, or a transient admission, if the expert is still resident."""
+        if expert in self._transient.ranks:
+            self._transient.remove(expert)
+            self._policy.insert(expert)
 
     def tick(self) -> None:
         """One token is done."""

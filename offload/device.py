@@ -47,7 +47,7 @@ class Device(Protocol):
         """Memory on the device, of undefined content. Raises DeviceMemoryError."""
         ...
 
-    def launch(self, work: Callable[[], None]) -> None:
+    def launch(self, work: Callable[[], object]) -> None:
         """Queue a kernel: `work` computes on tensors of this device."""
         ...
 
@@ -66,6 +66,10 @@ class Device(Protocol):
     def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Iterable[Mark]) -> Mark:
         """Queue a copy from pinned RAM on the copying queue; it begins when all of `after` are passed. The source must
         stay as it is until the returned mark is passed."""
+        ...
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """How long a kernel takes, by running it. Waits for it."""
         ...
 
     def put(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -135,7 +139,7 @@ class TorchDevice:
         with memory_errors(self.name):
             return torch.empty(shape, dtype=dtype, device=self.torch_device)
 
-    def launch(self, work: Callable[[], None]) -> None:
+    def launch(self, work: Callable[[], object]) -> None:
         with memory_errors(self.name):
             work()
 
@@ -163,6 +167,14 @@ class TorchDevice:
         finally:
             torch.accelerator.set_stream(compute)
         return _TorchMark(end, begin)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        begin, end = (torch.Event(device=self.torch_device, enable_timing=True) for _ in range(2))
+        begin.record()
+        self.launch(work)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
 
     def put(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)

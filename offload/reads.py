@@ -25,6 +25,10 @@ class RamTier(Protocol):
     stats: RunStats
     prompt_reads: int
 
+    def make_room(self) -> bool:
+        """Free, or make evictable, one slot that a guess holds; False when there is none."""
+        ...
+
 
 class Reads:
     """The misses of one layer on their way: started as slots allow, handed out as they arrive, everything locked until
@@ -37,7 +41,7 @@ class Reads:
     def __init__(self, tier: RamTier, layer: int, wanted: Lookup, keep: set[int] | None) -> None:
         self._cache, self._slots, self._transfers = tier.cache, tier.slots, tier.transfers
         self._prefetch, self._stats = tier.prefetch, tier.stats
-        self._layer = layer
+        self._layer, self._tier = layer, tier
         # Guesses that turned out right come first: they own slots already, which nobody may take from them now.
         self._flying = {e: self._prefetch.claim(e) for e in wanted.misses if self._cache.is_arriving(e)}
         self._waiting = deque(e for e in wanted.misses if e not in self._flying)
@@ -62,8 +66,8 @@ class Reads:
     def next(self) -> list[ExpertId]:
         """The experts that have arrived since, at least one; empty when all are through."""
         self.start()
-        while self._waiting and not self._flying:  # every slot is taken by a guess for another layer
-            assert self._prefetch.make_room(), (self._waiting[0], self._cache.capacity)
+        while self._waiting and not self._flying:  # every slot is taken, for instance by a guess for another layer
+            assert self._tier.make_room(), (self._waiting[0], self._cache.capacity)
             self.start()
         if not self._flying:
             return []

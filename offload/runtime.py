@@ -178,7 +178,7 @@ class ExpertRuntime:
         parts: torch.Tensor,
     ) -> None:
         """Hits at once, misses as they arrive, guesses behind them."""
-        reads = Reads(self, layer, wanted, keep=self._worth_keeping(layer, work) if hidden.shape[0] > 1 else None)
+        reads = Reads(self, layer, wanted, keep=self.worth_keeping(layer, work) if hidden.shape[0] > 1 else None)
         try:
             reads.start()
             if guess:
@@ -205,11 +205,14 @@ class ExpertRuntime:
         self.kernels[layer].run(hidden, work.rows, jobs, parts)
         self.stats.record_compute(time.perf_counter() - start)
 
-    def _worth_keeping(self, layer: int, work: Assignment) -> set[int]:
+    def worth_keeping(self, layer: int, work: Assignment) -> set[int]:
         """Those of a prompt's experts that an answer will want: the layer's fair share of slots, most tokens first."""
         share = max((self.cache.capacity - self.prompt_reads) // self.cache.layers, self.cache.floor)
         counts = sorted(range(len(work.experts)), key=lambda i: (work.starts[i] - work.starts[i + 1], i))
         return {work.experts[i] for i in counts[:share]}
+
+    def make_room(self) -> bool:
+        return self.prefetch.make_room()
 
     def resize(self, capacity: int) -> None:
         """Use the first `capacity` slots only, and give the memory of the others back. Between forwards only."""

@@ -43,10 +43,15 @@ class _Work:
     """One entry of a queue, from `started` to `ended` in virtual time."""
 
     def __init__(
-        self, queued: float, took: float, end: Callable[[], None], begin: Callable[[], None], after: Iterable[_Work]
+        self, queued: float, took: float, end: Callable[[], object], begin: Callable[[], object], after: Iterable[_Work]
     ) -> None:
         self.queued, self.took, self.begin, self.end, self.after = queued, took, begin, end, tuple(after)
         self.started = self.ended = math.inf
+
+    def let_go(self) -> None:
+        """Marks outlive what they mark, and must not keep its memory."""
+        self.begin = self.end = lambda: None
+        self.after = ()
 
 
 class _SimulatedMark:
@@ -109,7 +114,7 @@ class SimulatedDevice:
         _poison(memory)
         return memory
 
-    def launch(self, work: Callable[[], None]) -> None:
+    def launch(self, work: Callable[[], object]) -> None:
         self._enqueue(self._compute, self.speeds.kernel, work)
 
     def join(self) -> None:
@@ -127,6 +132,12 @@ class SimulatedDevice:
         took = self.speeds.latency + target.nbytes / self.speeds.link
         work = self._enqueue(self._copies, took, lambda: _copy(target, source), lambda: _poison(target), _works(after))
         return _SimulatedMark(self, work)
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        self.launch(work)
+        mark = _SimulatedMark(self, self._end_of_compute())
+        mark.wait()
+        return mark.seconds()
 
     def put(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self._enqueue(self._compute, self.speeds.latency, lambda: _copy(target, source), lambda: _poison(target))
@@ -149,7 +160,9 @@ class SimulatedDevice:
         return self.capacity - self.allocated_bytes
 
     def trim(self) -> None:
-        pass
+        """Waits for both queues, as real devices do."""
+        for queue in (self._compute, self._copies):
+            self.run_until(queue[-1] if queue else None)
 
     # Virtual time
 
@@ -166,8 +179,8 @@ class SimulatedDevice:
         self,
         queue: deque[_Work],
         took: float,
-        end: Callable[[], None],
-        begin: Callable[[], None] = lambda: None,
+        end: Callable[[], object],
+        begin: Callable[[], object] = lambda: None,
         after: Iterable[_Work] = (),
     ) -> _Work:
         self.pass_time()
@@ -205,6 +218,7 @@ class SimulatedDevice:
             else:
                 work.ended = self._free_at[id(queue)] = event
                 work.end()
+                work.let_go()
                 queue.popleft()
         self.now = until
 

@@ -18,12 +18,14 @@ MOST_LINES = 400
 # A file imports only files to its left. Those that are not named here are free, as long as nothing goes in circles.
 ORDER = {
     "quant": "int4 int8 mxfp4 codecs kernels native native_step triton_kernels linear",
-    "cache": "expert units order published forecast hybrid policy manager report stats trace replay advice",
+    "cache": (
+        "expert units order published forecast hybrid policy manager report device_stats stats trace replay advice"
+    ),
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (
         "errors config placement memory device simulated_device source apart kv_cache hf prequantized "
-        "hf_keys hf_layers workspace checkpoint convert store tiers transfer predictor prefetch reads "
-        "recorder runtime device_runtime lean generate model gguf_file gguf_config gguf_tensor "
+        "hf_keys hf_layers workspace checkpoint convert store tiers uploads transfer predictor prefetch "
+        "reads recorder runtime device_runtime lean generate model gguf_file gguf_config gguf_tensor "
         "gguf_tokenizer gguf_llama gguf_source loading demo_store demo"
     ),
 }

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from fakes_runtime import EXPERTS, HIDDEN, LAYERS, RECORD, TOP_K, FakeKernels, FakeReader
 from pocketmoe.cache.expert import ExpertId
 from pocketmoe.cache.manager import ExpertCache
 from pocketmoe.cache.policy import get_policy
@@ -15,45 +16,6 @@ from pocketmoe.offload.prefetch import NoPrefetch, Prefetcher
 from pocketmoe.offload.runtime import Assignment, ExpertRuntime, combine
 from pocketmoe.offload.tiers import RamSlots
 from pocketmoe.offload.transfer import SyncTransfers, ThreadedTransfers
-
-LAYERS, EXPERTS, TOP_K, HIDDEN, RECORD = 3, 8, 2, 4, 4096
-
-
-class FakeReader:
-    """A record is its expert's number in every byte. Experts in `broken` cannot be read."""
-
-    record_bytes = RECORD
-
-    def __init__(self) -> None:
-        self.broken: set[ExpertId] = set()
-        self.read: list[ExpertId] = []
-        self.gate: threading.Event | None = None
-
-    def read_into(self, expert: ExpertId, view: memoryview) -> None:
-        if self.gate is not None:
-            assert self.gate.wait(10)
-        if expert in self.broken:
-            raise OSError(f"{expert} cannot be read")
-        self.read.append(expert)
-        view[:] = bytes([1 + expert.layer * EXPERTS + expert.index]) * len(view)
-
-
-class FakeKernels:
-    """Each expert multiplies by the number in its record, so a wrong slot gives a wrong number."""
-
-    name = "fake"
-
-    def __init__(self) -> None:
-        self.calls: list[list[int]] = []
-        self.interrupt = False
-
-    def run(self, hidden, rows, jobs, out):
-        if self.interrupt:
-            raise KeyboardInterrupt
-        self.calls.append([int(job.record[0]) - 1 for job in jobs])
-        for job in jobs:
-            span = slice(job.start, job.start + job.count)
-            out[span] = hidden[rows[span].long()] * float(job.record[0])
 
 
 class World:

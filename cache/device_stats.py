@@ -1,0 +1,80 @@
+"""Counters of the tier above RAM: what the device computed from its own slots, and how the rest was done."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(slots=True)
+class DeviceLayerStats:
+    """One MoE layer. Every request is a hit, copied or on the CPU."""
+
+    requests: int = 0
+    hits: int = 0
+    """Resident on the device, or on the way there, when the router chose them."""
+    copied: int = 0
+    """Copied up to be computed on the device."""
+    on_cpu: int = 0
+    """Computed by the CPU from RAM."""
+    admitted: int = 0
+    """Computed by the CPU, and copied up for later."""
+
+
+class DeviceStats:
+    """Counters of a device's slots. Called from one thread.
+
+    Args:
+        slots: how many there are.
+    """
+
+    def __init__(self, layers: int, record_bytes: int, slots: int) -> None:
+        self.record_bytes, self.slots = record_bytes, slots
+        self.reset(layers)
+
+    def reset(self, layers: int | None = None) -> None:
+        self.per_layer = [DeviceLayerStats() for _ in range(layers or len(self.per_layer))]
+        self.copies, self.copy_s = 0, 0.0
+
+    def record(self, layer: int, hits: int, requests: int) -> None:
+        counters = self.per_layer[layer]
+        counters.hits += hits
+        counters.requests += requests
+
+    def record_copied(self, layer: int, count: int) -> None:
+        self.per_layer[layer].copied += count
+
+    def record_cpu(self, layer: int, count: int) -> None:
+        self.per_layer[layer].on_cpu += count
+
+    def record_admitted(self, layer: int) -> None:
+        self.per_layer[layer].admitted += 1
+
+    def record_copy(self, seconds: float) -> None:
+        """A copy is over; it took the link that long."""
+        self.copies += 1
+        self.copy_s += seconds
+
+    def total(self, name: str) -> int:
+        """The sum of a counter over all layers."""
+        return sum(getattr(counters, name) for counters in self.per_layer)
+
+    def check(self) -> None:
+        """Raise AssertionError when a layer's counters do not add up."""
+        for layer, c in enumerate(self.per_layer):
+            assert c.hits + c.copied + c.on_cpu == c.requests, f"layer {layer}: {c} does not add up"
+            assert c.admitted <= c.on_cpu, f"layer {layer}: {c.admitted} admitted of {c.on_cpu} on the CPU"
+        assert self.copies <= self.total("copied") + self.total("admitted"), f"{self.copies} copies ended"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Totals, rates and layers, JSON-serialisable. Bytes per second are those of copies under way."""
+        totals = {f.name: self.total(f.name) for f in fields(DeviceLayerStats)}
+        return {
+            "slots": self.slots,
+            **totals,
+            "hit_rate": totals["hits"] / totals["requests"] if totals["requests"] else None,
+            "bytes_copied": (totals["copied"] + totals["admitted"]) * self.record_bytes,
+            "link_bytes_per_s": self.copies * self.record_bytes / self.copy_s if self.copy_s else None,
+            "copy_s": self.copy_s,
+            "per_layer": [asdict(counters) for counters in self.per_layer],
+        }

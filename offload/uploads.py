@@ -1,0 +1,98 @@
+"""Copies from slots in RAM to slots on a device, and who has to wait for whom.
+
+The caller never waits here, unless it needs a slot in RAM back: kernels wait for the copies of their experts, and a
+copy waits for the last kernel that reads what it overwrites, all inside the device's queues.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ..cache.expert import ExpertId
+from ..cache.manager import ExpertCache
+from .device import Device, Mark
+from .tiers import DeviceSlots, RamSlots
+
+
+class _Copy(NamedTuple):
+    expert: ExpertId
+    arrived: Mark
+
+
+class Uploads:
+    """Copies in flight, oldest first.
+
+    Args:
+        below: the cache of the RAM tier. An expert stays locked there while its record travels.
+    """
+
+    def __init__(self, device: Device, slots: DeviceSlots, below: ExpertCache, sources: RamSlots) -> None:
+        self._device, self._slots, self._below, self._sources = device, slots, below, sources
+        self._flying: deque[_Copy] = deque()
+        self._arrivals: dict[int, Mark] = {}
+        """By slot: copies that no kernel has waited for yet."""
+        self._last_use: dict[int, Mark] = {}
+
+    def __len__(self) -> int:
+        return len(self._flying)
+
+    def start(self, expert: ExpertId, slot: int) -> None:
+        """Queue the copy of an expert that lies in RAM to a slot on the device, whatever that slot held before."""
+        source = self._below.slot_of(expert)
+        assert source is not None and not self._below.is_arriving(expert), f"{expert} is not in RAM"
+        self._below.lock((expert,))
+        last_use = self._last_use.pop(slot, None)
+        after = () if last_use is None else (last_use,)
+        mark = self._device.copy_in(self._slots.record(slot), self._sources.record(source), after)
+        self._arrivals[slot] = mark
+        self._flying.append(_Copy(expert, mark))
+
+    def use(self, slots: Iterable[int]) -> None:
+        """The kernel that is launched next reads these slots."""
+        for slot in slots:
+            arrival = self._arrivals.pop(slot, None)
+            if arrival is not None:
+                self._device.compute_after(arrival)
+
+    def used(self, slots: Iterable[int]) -> None:
+        """The kernel that was launched last reads these slots."""
+        mark = self._device.mark()
+        for slot in slots:
+            self._last_use[slot] = mark
+
+    def emptied(self, slot: int) -> None:
+        """A slot's expert has been evicted."""
+        last_use = self._last_use.get(slot)
+        self._device.discard(self._slots.record(slot), () if last_use is None else (last_use,))
+
+    def settle(self) -> list[float]:
+        """Let go of the sources of copies that are over; returns the seconds that each of them took."""
+        taken = []
+        while self._flying and self._flying[0].arrived.passed():
+            taken.append(self._let_go())
+        return taken
+
+    def wait_for_one(self) -> bool:
+        """Wait for the oldest copy, so that its source may be evicted; False when there is none."""
+        if not self._flying:
+            return False
+        self._flying[0].arrived.wait()
+        self._let_go()
+        return True
+
+    def drain(self) -> None:
+        while self.wait_for_one():
+            pass
+
+    def forget(self, slot: int) -> None:
+        """A slot is given back; nothing may be in flight."""
+        assert not self._flying, "copies are in flight"
+        self._arrivals.pop(slot, None)
+        self._last_use.pop(slot, None)
+
+    def _let_go(self) -> float:
+        copy = self._flying.popleft()
+        self._below.unlock((copy.expert,))
+        return copy.arrived.seconds()

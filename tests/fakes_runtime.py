@@ -1,0 +1,46 @@
+"""A store and kernels that make a wrong slot visible: experts are numbers."""
+
+from __future__ import annotations
+
+import threading
+
+from pocketmoe.cache.expert import ExpertId
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, RECORD = 3, 8, 2, 4, 4096
+
+
+class FakeReader:
+    """A record is its expert's number in every byte. Experts in `broken` cannot be read."""
+
+    record_bytes = RECORD
+
+    def __init__(self) -> None:
+        self.broken: set[ExpertId] = set()
+        self.read: list[ExpertId] = []
+        self.gate: threading.Event | None = None
+
+    def read_into(self, expert: ExpertId, view: memoryview) -> None:
+        if self.gate is not None:
+            assert self.gate.wait(10)
+        if expert in self.broken:
+            raise OSError(f"{expert} cannot be read")
+        self.read.append(expert)
+        view[:] = bytes([1 + expert.layer * EXPERTS + expert.index]) * len(view)
+
+
+class FakeKernels:
+    """Each expert multiplies by the number in its record, so a wrong slot gives a wrong number."""
+
+    name = "fake"
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+        self.interrupt = False
+
+    def run(self, hidden, rows, jobs, out):
+        if self.interrupt:
+            raise KeyboardInterrupt
+        self.calls.append([int(job.record[0]) - 1 for job in jobs])
+        for job in jobs:
+            span = slice(job.start, job.start + job.count)
+            out[span] = hidden[rows[span].long()] * float(job.record[0])

@@ -1,0 +1,249 @@
+"""The hot path with a device: whatever lies where, arrives when, or runs out, each token gets its own experts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from fakes_runtime import EXPERTS, HIDDEN, LAYERS, RECORD, TOP_K, FakeKernels, FakeReader
+from pocketmoe.cache.expert import ExpertId
+from pocketmoe.cache.hybrid import Cost, TierCosts
+from pocketmoe.cache.manager import ExpertCache
+from pocketmoe.cache.policy import get_policy
+from pocketmoe.cache.stats import RunStats
+from pocketmoe.offload.device_runtime import DeviceRuntime
+from pocketmoe.offload.errors import DeviceMemoryError
+from pocketmoe.offload.prefetch import Prefetcher
+from pocketmoe.offload.runtime import ExpertRuntime
+from pocketmoe.offload.simulated_device import SimulatedDevice, Speeds
+from pocketmoe.offload.tiers import DeviceSlots, RamSlots
+from pocketmoe.offload.transfer import SyncTransfers, ThreadedTransfers
+
+EVEN = TierCosts(copy=Cost(0.0, 1e-4), cpu=Cost(0.0, 1e-4), gpu=Cost(0.0, 1e-5))
+COPY_ONLY = replace(EVEN, cpu=Cost(1.0, 1.0))
+CPU_ONLY = replace(EVEN, copy=Cost(1.0, 1.0))
+ALL = LAYERS * EXPERTS
+
+
+class World:
+    def __init__(
+        self,
+        slots: int = LAYERS * TOP_K,
+        ram: int = ALL,
+        device: SimulatedDevice | None = None,
+        costs: TierCosts = EVEN,
+        deterministic: bool = False,
+        threaded: bool = False,
+    ) -> None:
+        self.device = device or SimulatedDevice()
+        self.stats = RunStats(LAYERS, RECORD)
+        below, pool = ExpertCache(ram, get_policy("lru", ram, LAYERS * TOP_K), LAYERS, TOP_K), RamSlots(ram, RECORD)
+        self.reader, self.on_cpu, self.on_device = FakeReader(), FakeKernels(), FakeKernels()
+        transfers = (ThreadedTransfers if threaded else SyncTransfers)(self.reader, self.stats)
+        ahead = Prefetcher(below, pool, transfers, self.stats)
+        self.ram = ExpertRuntime(below, pool, transfers, [self.on_cpu] * LAYERS, self.stats, ahead, predictor=None)
+        self.cache = ExpertCache(slots, get_policy("lru", slots, LAYERS), LAYERS, max(1, min(TOP_K, slots // LAYERS)))
+        self.runtime = DeviceRuntime(
+            self.device,
+            self.cache,
+            DeviceSlots(self.device, slots, RECORD),
+            self.ram,
+            [self.on_device] * LAYERS,
+            costs,
+            deterministic,
+            learns=False,
+            clock=lambda: self.device.now,
+        )
+
+    def run(self, layer: int, index: torch.Tensor) -> torch.Tensor:
+        hidden = torch.arange(1.0, 1 + index.shape[0])[:, None].expand(-1, HIDDEN)
+        return self.runtime.run_layer(layer, hidden, index, torch.full(index.shape, 0.5))
+
+    def check(self) -> None:
+        self.runtime.drain()
+        self.cache.check_integrity(idle=True)
+        self.ram.cache.check_integrity(idle=True)
+        self.stats.check()
+        self.runtime.stats.check()
+
+
+def wanted(layer: int, index: torch.Tensor) -> torch.Tensor:
+    numbers = (1.0 + layer * EXPERTS + index).sum(1) * 0.5
+    return (numbers * torch.arange(1.0, 1 + index.shape[0]))[:, None].expand(-1, HIDDEN)
+
+
+def choices(seed: int, count: int) -> list[tuple[int, torch.Tensor]]:
+    """Forwards of single tokens, and now and then a prompt."""
+    rng = random.Random(seed)
+    out = []
+    for _ in range(count):
+        tokens = rng.choice((1, 1, 1, 1, 5, 12))
+        for layer in range(LAYERS):
+            rows = [rng.sample(range(EXPERTS), TOP_K) for _ in range(tokens)]
+            out.append((layer, torch.tensor(rows)))
+    return out
+
+
+def test_hits_are_computed_on_the_device_and_misses_where_they_are_done_sooner():
+    token = torch.tensor([[5, 2]])
+    for costs, on_device, on_cpu in ((COPY_ONLY, 2, 0), (CPU_ONLY, 0, 2)):
+        world = World(costs=costs)
+        assert torch.equal(world.run(0, token), wanted(0, token))
+        assert (sum(map(len, world.on_device.calls)), sum(map(len, world.on_cpu.calls))) == (on_device, on_cpu)
+        assert torch.equal(world.run(0, token), wanted(0, token))
+        counters = world.runtime.stats.per_layer[0]
+        assert (counters.hits, counters.copied, counters.on_cpu) == (on_device, on_device, 2 * on_cpu)
+        world.check()
+
+
+def test_misses_are_divided_when_neither_way_is_free():
+    world = World(slots=ALL)
+    token = torch.tensor([[5, 2]])
+    assert torch.equal(world.run(0, token), wanted(0, token))
+    assert [len(call) for call in (*world.on_device.calls, *world.on_cpu.calls)] == [1, 1]
+    world.check()
+
+
+def test_what_the_cpu_computes_often_comes_up_in_the_link_s_idle_time():
+    costs = TierCosts(copy=Cost(0.0, 2e-4), cpu=Cost(0.0, 1e-5), gpu=Cost(0.0, 1e-7))
+    world = World(device=SimulatedDevice(speeds=Speeds(host=1e-4)), costs=costs)
+    for _ in range(6):
+        for layer in range(LAYERS):
+            token = torch.tensor([[1, 6]])
+            assert torch.equal(world.run(layer, token), wanted(layer, token))
+    assert world.runtime.stats.total("admitted") > 0
+    assert world.runtime.stats.total("hits") > 0
+    world.check()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("slots", [LAYERS, LAYERS * TOP_K, LAYERS * TOP_K + 5, ALL])
+@pytest.mark.parametrize("ram", [LAYERS * TOP_K, LAYERS * TOP_K + 3, ALL])
+def test_every_token_gets_its_experts_on_every_schedule(slots, ram, deterministic):
+    for seed in range(12):
+        speeds = Speeds(link=random.Random(seed).choice((1e7, 1e8, 1e10)), jitter=10.0, kernel=2e-5)
+        world = World(slots, ram, SimulatedDevice(seed, speeds), deterministic=deterministic)
+        for layer, index in choices(seed, 15):
+            assert torch.equal(world.run(layer, index), wanted(layer, index)), f"seed {seed}"
+        if deterministic:
+            assert not world.on_cpu.calls
+        world.check()
+
+
+def test_reads_from_disk_on_other_threads_change_nothing():
+    world = World(ram=LAYERS * TOP_K, device=SimulatedDevice(3, Speeds(link=1e7, jitter=3.0)), threaded=True)
+    for layer, index in choices(3, 40):
+        assert torch.equal(world.run(layer, index), wanted(layer, index))
+    world.check()
+    world.runtime.close()
+
+
+@pytest.mark.slow
+def test_thousands_of_random_schedules():
+    for seed in range(1500):
+        rng = random.Random(seed)
+        speeds = Speeds(link=10 ** rng.uniform(6, 10), jitter=rng.uniform(0, 20), kernel=10 ** rng.uniform(-6, -3))
+        slots, ram = rng.randint(LAYERS, ALL), rng.randint(LAYERS * TOP_K, ALL)
+        world = World(slots, ram, SimulatedDevice(seed, speeds), deterministic=rng.random() < 0.5)
+        for layer, index in choices(seed, 20):
+            assert torch.equal(world.run(layer, index), wanted(layer, index)), f"seed {seed}"
+        world.check()
+
+
+def _sabotaged(world: World, name: str) -> World:
+    """A mistake that a real device punishes only now and then."""
+    uploads = world.runtime.uploads
+    if name == "kernels do not wait for copies":
+        uploads.use = lambda slots: None
+    elif name == "copies do not wait for the last use":
+        uploads.used = lambda slots: None
+    elif name == "sources are let go while they travel":
+        start = uploads.start
+
+        def start_and_let_go(expert, slot):
+            start(expert, slot)
+            world.ram.cache.unlock((expert,))
+            world.ram.cache.lock(())
+
+        uploads.start = start_and_let_go
+        uploads._let_go = lambda: uploads._flying.popleft().arrived.seconds()
+    return world
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    ["kernels do not wait for copies", "copies do not wait for the last use", "sources are let go while they travel"],
+)
+def test_a_missing_wait_gives_wrong_numbers(mistake):
+    wrong = 0
+    for seed in range(20):
+        speeds = Speeds(link=1e8, jitter=10.0, kernel=1e-4)
+        world = World(LAYERS, LAYERS * TOP_K, SimulatedDevice(seed, speeds), deterministic=True)
+        _sabotaged(world, mistake)
+        for layer, index in choices(seed, 10):
+            wrong += not torch.equal(world.run(layer, index), wanted(layer, index))
+    assert wrong
+
+
+def test_a_prompt_leaves_what_its_last_tokens_chose():
+    world = World(slots=LAYERS * 4)
+    head = [[a, b] for a in range(EXPERTS) for b in range(EXPERTS) if a != b]  # everything, often
+    prompt = torch.tensor(head + [[6, 7]] * 32)
+    for layer in range(LAYERS):
+        assert torch.equal(world.run(layer, prompt), wanted(layer, prompt))
+    for layer in range(LAYERS):
+        assert world.cache.slot_of(ExpertId(layer, 6)) is not None
+        assert world.cache.slot_of(ExpertId(layer, 7)) is not None
+    world.check()
+
+
+def test_slots_can_be_given_back_between_forwards():
+    world = World(slots=ALL, deterministic=True)
+    for layer, index in choices(1, 5):
+        world.run(layer, index)
+    before = world.device.allocated_bytes
+    freed = world.runtime.shrink(4)
+    assert 4 <= freed < ALL and world.device.allocated_bytes <= before - freed * RECORD
+    for layer, index in choices(2, 5):
+        assert torch.equal(world.run(layer, index), wanted(layer, index))
+    world.check()
+    while world.runtime.shrink(1):
+        pass
+    assert world.cache.capacity == LAYERS * TOP_K
+
+
+def test_an_error_in_a_layer_leaves_nothing_locked():
+    world = World(ram=LAYERS * TOP_K, deterministic=True)
+    world.reader.broken.add(ExpertId(1, 3))
+    token = torch.tensor([[3, 4]])
+    with pytest.raises(OSError, match="cannot be read"):
+        world.run(1, token)
+    world.reader.broken.clear()
+    world.runtime.drain()
+    world.cache.check_integrity(idle=True)
+    world.ram.cache.check_integrity(idle=True)
+    assert torch.equal(world.run(1, token), wanted(1, token))
+
+
+def test_memory_that_runs_out_at_any_allocation_leaves_a_runtime_that_goes_on():
+    fails = 0
+    for at in range(1, 200):
+        device = SimulatedDevice(at)
+        world = World(device=device, deterministic=at % 2 == 0)
+        start = device.allocations
+        device.fail_at = {start + at}
+        for layer, index in choices(at, 4):
+            try:
+                assert torch.equal(world.run(layer, index), wanted(layer, index))
+            except DeviceMemoryError:
+                fails += 1
+                world.runtime.drain()
+                assert torch.equal(world.run(layer, index), wanted(layer, index))
+        world.runtime.drain()
+        world.cache.check_integrity(idle=True)
+        world.ram.cache.check_integrity(idle=True)
+        if device.allocations < start + at:
+            break
+    assert fails > 10
