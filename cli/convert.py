@@ -9,15 +9,15 @@ import typer
 
 from ..offload.errors import DataError
 from .console import say, without_controls
-from .options import Codec, Trunk
+from .options import Codec, KeepSource, Revision, Trunk
 from .progress import StageProgress
 
 
-def convert_checkpoint(source: str, dest: Path, **options: Any) -> Path:
-    """`pocketmoe.offload.loading.convert_checkpoint`, imported late because `--help` needs none of it."""
-    from ..offload.loading import convert_checkpoint
+def convert_model(source: str, dest: Path, **options: Any) -> Path:
+    """`pocketmoe.offload.loading.convert_model`, imported late because `--help` needs none of it."""
+    from ..offload.loading import convert_model
 
-    return convert_checkpoint(source, dest, **options)
+    return convert_model(source, dest, **options)
 
 
 def verify_store(path: Path, **options: Any) -> list[str]:
@@ -31,7 +31,9 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A Hugging Face checkpoint directory or a GGUF file.", show_default=False
+            metavar="SOURCE",
+            help="A checkpoint directory, a GGUF file, or a model on the Hugging Face Hub as ORGANISATION/NAME.",
+            show_default=False,
         ),
     ],
     dest: Annotated[
@@ -39,14 +41,17 @@ def convert(
     ],
     codec: Codec = None,
     trunk: Trunk = None,
+    revision: Revision = None,
+    keep_source: KeepSource = True,
 ) -> None:
-    """Convert a checkpoint into an expert store.
+    """Convert a checkpoint into an expert store; a model on the hub is downloaded.
 
     Needed once per model; an interrupted conversion goes on where it was.
     """
     with StageProgress() as progress:
         watch = {"on_progress": progress.update, "on_notice": progress.notice}
-        store = convert_checkpoint(source, dest, codec=codec, trunk=trunk, **watch)
+        of_hub = {"revision": revision, "keep_source": keep_source}
+        store = convert_model(source, dest, codec=codec, trunk=trunk, **of_hub, **watch)
     say(f"Converted into {store}; try: pocketmoe chat {store}")
 
 

@@ -27,8 +27,19 @@ Codec = Annotated[
 ]
 
 
-CONVERSION = ("codec", "trunk")
-"""Options of `load` that only a conversion on first use knows; left out where they are not given."""
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BRANCH|TAG|COMMIT", help="Of a model on the hub. Default: what is here of it, else the main branch."
+    ),
+]
+KeepSource = Annotated[
+    bool,
+    typer.Option(help="Keep a model's files in the hub's cache. If not, each is removed as soon as it is converted."),
+]
+
+CONVERSION = ("codec", "trunk", "revision", "keep_source")
+"""Options of `load` that only a download or conversion on first use knows; left out where they are not given."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ class LoadOptions:
         str | None,
         typer.Option(help="Format of the other large matrices, likewise. Default: int8-g32."),
     ] = None
+    revision: Revision = None
+    keep_source: KeepSource = True
 
     def __post_init__(self) -> None:
         if self.policy not in policy_names():
@@ -81,7 +94,7 @@ class LoadOptions:
 
     def as_keywords(self) -> dict[str, Any]:
         values = asdict(self)
-        return {name: value for name, value in values.items() if name not in CONVERSION or value is not None}
+        return {n: value for n, value in values.items() if n not in CONVERSION or value != getattr(LoadOptions, n)}
 
 
 class Rule(NamedTuple):
@@ -146,7 +159,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A store, a Hugging Face checkpoint directory, a GGUF file, or a model in the local Hugging Face cache.",
+        help="A store, a checkpoint directory, a GGUF file, or a model on the Hugging Face Hub as ORGANISATION/NAME.",
         show_default=False,
     ),
 ]

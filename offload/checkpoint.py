@@ -12,33 +12,34 @@ import torch
 
 from ..quant.codecs import Weight
 from . import hf
+from .checkpoint_files import CONFIG, MAX_SMALL_FILE, is_small_file, read_index, weight_files
 from .config import kept_codec
 from .errors import DataError, PocketMoEError
 from .hf_keys import KeyMap
+from .hub import HubModel
 from .manifest import MANIFEST
 from .packing import packable_names
 from .prequantized import join_quantized
 from .source import MoeLayer, OnNotice
 from .tensorfile import TensorEntry, read_header
 
-INDEX_FILE = "model.safetensors.index.json"
-SMALL_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json",
-               "merges.txt", "vocab.txt", "tekken.json")  # fmt: skip
-SMALL_PATTERNS = ("tokenizer*", "special_tokens_map.json", "spiece.model", "*.tiktoken")
-_MAX_SMALL_FILE = 200_000_000
 _T = TypeVar("_T")
 
 
 class CheckpointSource:
     """A local checkpoint of any MoE family that transformers knows.
 
+    Args:
+        model: what on the hub it is the snapshot of.
+
     Raises:
         DataError: not a checkpoint, dense, unknown, pickled, damaged or incomplete.
     """
 
-    def __init__(self, path: Path, on_notice: OnNotice | None = None) -> None:
+    def __init__(self, path: Path, on_notice: OnNotice | None = None, model: HubModel | None = None) -> None:
         self.path = path
-        self.name = path.resolve().name
+        self.name = path.resolve().name if model is None else model.name
+        self.revision = None if model is None else model.commit
         if not path.is_dir():
             raise DataError(f"{path} is not a directory; give a checkpoint directory, a store, or a cached hub id")
         if (path / MANIFEST).is_file():
@@ -48,7 +49,7 @@ class CheckpointSource:
         quantization = _take_quantization(self.config, config)
         self.kept_codec = kept_codec(quantization)
         """The codec that keeps the values of experts that ship packed."""
-        tensors = _find_tensors(path)
+        tensors = _joined(path, self._headers())
         self.dtype = _main_dtype(config, tensors)
         entries = join_quantized(path, tensors, quantization, self.dtype) if quantization else tensors
         self.skeleton = _of_config(path, hf.build_skeleton, config, self.dtype)
@@ -63,6 +64,14 @@ class CheckpointSource:
         if self._keys.unknown and on_notice is not None:
             names = ", ".join(self._keys.unknown[:5])
             on_notice(f"{len(self._keys.unknown)} tensors of the checkpoint are not used by the model: {names}")
+
+    def _headers(self) -> dict[str, dict[str, TensorEntry]]:
+        """Per file of weights, its tensors by name."""
+        names = (file.name for file in self.path.iterdir() if file.exists())
+        shards = [self.path / name for name in weight_files(self.path, read_index(self.path), names)]
+        for shard in shards:
+            _check_link(self.path, shard)
+        return {shard.name: read_header(shard) for shard in shards}
 
     def layers(self) -> list[MoeLayer]:
         return [site.layer for site in self.skeleton.sites]
@@ -80,22 +89,20 @@ class CheckpointSource:
         return packable_names(self.skeleton)
 
     def fingerprint(self) -> list[list[Any]]:
-        """Name, size and time of change of the config and every shard: whether a half-done conversion was of them."""
-        files = [self.path / "config.json", *self._files]
+        """Name, size and time of change of the config and every shard: whether a half-done conversion was of them.
+        A revision says it all."""
+        files = [] if self.revision else [self.path / CONFIG, *self._files]
         return [[file.name, stat.st_size, stat.st_mtime_ns] for file in files if (stat := file.stat())]
 
     def copy_files(self, dest: Path) -> None:
-        found = {self.path / name for name in SMALL_FILES}
-        for pattern in SMALL_PATTERNS:
-            found.update(self.path.glob(pattern))
-        for file in sorted(found):
-            if file.is_file() and file.stat().st_size <= _MAX_SMALL_FILE:
+        for file in sorted(file for file in self.path.iterdir() if is_small_file(file.name)):
+            if file.is_file() and file.stat().st_size <= MAX_SMALL_FILE:
                 _check_link(self.path, file)
                 shutil.copyfile(file, dest / file.name)
 
 
 def _read_config_json(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
+    file = path / CONFIG
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -128,40 +135,12 @@ def _take_quantization(content: dict[str, Any], config: Any) -> dict[str, Any] |
     return found if isinstance(found, dict) else {"quant_method": str(found)}
 
 
-def _find_tensors(path: Path) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint's shards, from the index where there is one."""
-    index = path / INDEX_FILE
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted(set(weight_map.values()))
-            if not all(isinstance(shard, str) for shard in shards):
-                raise TypeError("weight_map must hold file names")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(f"{index} is damaged ({error}); download it again") from None
-        for shard in shards:
-            _check_inside(path, shard, index)
-        missing = [shard for shard in shards if not (path / shard).is_file()]
-        if missing:
-            raise DataError(
-                f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(shards)}); download it again"
-            )
-    else:
-        weight_map = None
-        shards = sorted(file.name for file in path.glob("*.safetensors"))
-        for shard in shards:
-            _check_link(path, path / shard)
-        if not shards:
-            pickled = sorted(file.name for ending in ("*.bin", "*.pt", "*.pth") for file in path.glob(ending))
-            if pickled:
-                raise DataError(
-                    f"{path} holds pickled weights ({pickled[0]}), which are never opened because they can run code; "
-                    "get the safetensors version of this model"
-                )
-            raise DataError(f"{path} has no *.safetensors files")
+def _joined(path: Path, shards: dict[str, dict[str, TensorEntry]]) -> dict[str, TensorEntry]:
+    """Every tensor of the checkpoint's shards, from those that the index names where there is one."""
+    weight_map = read_index(path)
     entries: dict[str, TensorEntry] = {}
-    for shard in shards:
-        for name, entry in read_header(path / shard).items():
+    for shard, tensors in shards.items():
+        for name, entry in tensors.items():
             if weight_map is not None and weight_map.get(name) != shard:
                 continue
             if name in entries:
@@ -173,14 +152,6 @@ def _find_tensors(path: Path) -> dict[str, TensorEntry]:
             f"{path}: tensor {lost[0]} is not in {(weight_map or {})[lost[0]]} as the index says; download it again"
         )
     return entries
-
-
-def _check_inside(path: Path, shard: str, index: Path) -> None:
-    """A shard's name may not lead out of the checkpoint (the hub's cache, where files are links to blobs, is fine)."""
-    plain = shard not in ("", ".", "..") and Path(shard).name == shard and "\\" not in shard and shard.isprintable()
-    if not plain:
-        raise DataError(f"{index} names the file {shard!r}, which is not a file of its directory")
-    _check_link(path, path / shard)
 
 
 def _check_link(path: Path, file: Path) -> None:

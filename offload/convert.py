@@ -105,8 +105,9 @@ def convert(
 
 
 def _identity(source: Source, codec: str, trunk: str) -> dict[str, Any]:
-    fingerprint = getattr(source, "fingerprint", None)
+    fingerprint, revision = getattr(source, "fingerprint", None), getattr(source, "revision", None)
     return {
+        **({"revision": revision} if revision else {}),
         "source": source.name,
         "codec": codec,
         "trunk": trunk,

@@ -21,6 +21,7 @@ from ..quant.int4 import Int4Matrix
 from .errors import DataError
 from .hf import MoeSite, Skeleton
 from .prequantized import Entry, Int4Entry, Mxfp4Entry, Readable
+from .tensorfile import TensorEntry
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -136,6 +137,16 @@ class KeyMap:
                 raise DataError(f"expert {index} of {name} has shape {size[1:]}, the config says {shape}")
             params[param] = matrix
         return site.split(params)
+
+    def expert_tensors(self, layer: int, index: int) -> Iterator[TensorEntry]:
+        """The tensors of the files that `expert` reads."""
+        for target in self._experts[layer].values():
+            of_expert = [_of_expert(pattern, found, index) for pattern, found in target.sources.items()]
+            for entry in [target.packed] if target.packed is not None else of_expert:
+                if isinstance(entry, TensorEntry):
+                    yield entry
+                else:
+                    yield from (part for part in entry if isinstance(part, TensorEntry))
 
     def _gather(
         self, name: str, target: _Target, index: int, pick: Callable[[Any], Readable] = lambda entry: entry

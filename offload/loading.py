@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
 import xxhash
 
+from . import hub
 from .apart import run_apart
 from .config import DEFAULT_CODEC, MXFP4, OffloadConfig, default_trunk, kept_codec
-from .errors import DataError
+from .errors import DataError, UsageError
 from .gguf_file import is_gguf, keeping_codec, read_gguf
+from .hub import HubModel
 from .manifest import is_store, read_identity
 from .memory import left_for_child
 from .source import OnNotice, OnProgress
@@ -35,6 +39,8 @@ def load(
     *,
     codec: str | None = None,
     trunk: str | None = None,
+    revision: str | None = None,
+    keep_source: bool = True,
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
     **options: Any,
@@ -42,11 +48,14 @@ def load(
     """Load a model whose experts may be larger than memory.
 
     Args:
-        path: a store, a checkpoint directory or GGUF file (converted into the user's cache folder on first use), or the
-            id of a repository in the local Hugging Face cache.
+        path: a store, a checkpoint directory or GGUF file (converted into the user's cache folder on first use), or,
+            where there is no such path, a model on the Hugging Face Hub as "ORGANISATION/NAME" (downloaded as well).
         codec: record format for a conversion; by default what keeps the values of experts that ship packed,
             "mxfp4" or an INT4, else "int4-g32".
         trunk: format of the large trunk matrices for a conversion, "int8-g32" by default; "keep" leaves them.
+        revision: branch, tag or commit of a model on the hub. By default what is here of it is used as it is, and the
+            main branch where nothing is.
+        keep_source: leave a model's files in the hub's cache; if not, each is removed as soon as it is converted.
         on_progress: called with `Progress` during long steps.
         on_notice: called with a sentence whenever something is chosen or falls back.
         options: fields of `OffloadConfig`, such as `ram="4GB"`, `context=8192`.
@@ -56,7 +65,7 @@ def load(
     """
     config = OffloadConfig.of(**options)
     notice = on_notice or (lambda _: None)
-    store = find_store(path, codec, on_progress, notice, trunk, config.ram)
+    store = find_store(path, codec, on_progress, notice, trunk, config.ram, revision, keep_source)
     from .model import Model
 
     return Model(store, config, on_progress, notice)
@@ -69,34 +78,54 @@ def find_store(
     on_notice: OnNotice | None = None,
     trunk: str | None = None,
     ram: int | None = None,
+    revision: str | None = None,
+    keep_source: bool = True,
 ) -> Path:
-    """The store for a path or cached hub id; converts a checkpoint first, in another process, if it has none yet.
+    """The store for what `load` is given; downloads and converts first, in other processes, if there is none yet.
 
     Args:
-        ram: bytes that this process and the conversion's may take together.
+        ram: bytes that this process and the conversion's may take together, and the model when it runs.
     """
-    local = Path(path).expanduser()
-    if not local.exists():
-        local = _hub_snapshot(str(path))
+
+    def is_enough(model: HubModel) -> bool:
+        folder = Path(model.folder)
+        dest = _place(folder, model, codec, trunk)
+        return model.is_complete or (is_store(dest) and _out_of_date(dest, folder) is None)
+
+    notice = on_notice or (lambda _: None)
+    local, model = _resolve(path, revision, is_enough, on_progress, on_notice)
     if is_store(local):
         return local
-    kept = _kept_codec(local)
-    codec = codec or kept or DEFAULT_CODEC
-    trunk = trunk or default_trunk(codec)
-    resolved = local.resolve()
-    name = "--".join(resolved.parts[-3:] if resolved.parent.name == "snapshots" else resolved.parts[-1:])
-    digest = xxhash.xxh3_64_hexdigest(str(resolved).encode())[:8]  # tells directories of the same name apart
-    dest = platformdirs.user_cache_path("pocketmoe") / "stores" / f"{name}-{digest}-{codec}-trunk-{trunk}"
-    notice = on_notice or (lambda _: None)
+    dest = _place(local, model, codec, trunk)
     if is_store(dest):
         obstacle = _out_of_date(dest, local)
         if obstacle is None:
             return dest
         notice(f"{obstacle}; converting {local} again")
         shutil.rmtree(dest)
-    notice(f"converting {local} to {codec}{_KEPT if codec == kept else ''} in {dest}, once")
+    codec, trunk = _formats(local, codec, trunk)
+    what = local if model is None else f"{model.name} ({model.commit[:12]})"
+    notice(f"converting {what} to {codec}{_KEPT if codec == _kept_codec(local) else ''} in {dest}, once")
     request = {"path": str(local), "dest": str(dest), "codec": codec, "trunk": trunk, "ram": left_for_child(ram)}
+    if model is not None:
+        request |= {"model": asdict(model), "keep_source": keep_source, "to_run": {"ram": ram}}
     return Path(run_apart(f"{__name__}:convert_checkpoint", request, on_progress, on_notice))
+
+
+def convert_model(
+    path: str | Path,
+    dest: str | Path,
+    codec: str | None = None,
+    trunk: str | None = None,
+    on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
+    revision: str | None = None,
+    keep_source: bool = True,
+) -> Path:
+    """`convert` of a checkpoint directory or of a model on the hub, with the arguments of `load`."""
+    local, model = _resolve(path, revision, lambda found: found.is_complete, on_progress, on_notice)
+    given = {} if model is None else {"model": asdict(model), "keep_source": keep_source}
+    return convert_checkpoint(local, dest, codec, trunk, None, on_progress, on_notice, **given)
 
 
 def convert_checkpoint(
@@ -107,22 +136,99 @@ def convert_checkpoint(
     ram: int | None = None,
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
+    model: dict[str, Any] | None = None,
+    keep_source: bool = True,
+    to_run: dict[str, Any] | None = None,
 ) -> Path:
-    """`convert` of a checkpoint directory or GGUF file, in this process; the default codec is that of `load`."""
-    from .convert import convert
+    """`convert` of a checkpoint directory or GGUF file, in this process; the default codec is that of `load`.
 
-    notice = on_notice or (lambda _: None)
-    source = _open_source(Path(path), on_notice)
+    Args:
+        model: the `HubModel` that the directory is the snapshot of; what is missing in it is downloaded.
+        to_run: the budget, {"ram": bytes or None}, that the model must fit into for a download to make sense.
+    """
+    from .convert import convert, is_free
+
+    notice, dest = on_notice or (lambda _: None), Path(dest)
+    on_hub, remote = None if model is None else HubModel(**model), None
+    if on_hub is not None and not on_hub.is_complete:
+        from .hub_source import HubSource
+
+        remote = HubSource(on_hub, dest.with_name(f".{dest.name}.shards"), on_progress, on_notice)
+    source = remote or _open_source(Path(path), on_notice, on_hub)
     if codec is None and source.kept_codec is not None:
         notice(f"converting to {source.kept_codec}{_KEPT}")
     codec = codec or source.kept_codec or DEFAULT_CODEC
     exact = (source.kept_codec, "f32", "bf16" if source.kept_codec == MXFP4 else None)
     if source.kept_codec is not None and codec not in exact:
         notice(f"{codec} changes the values that the experts ship with; {source.kept_codec} keeps them")
-    return convert(source, Path(dest), codec, on_progress, on_notice, trunk, ram)
+    if remote is not None and is_free(dest):
+        from .fit import require_fit
+
+        require_fit(remote, codec, trunk or default_trunk(codec), dest, keep_source, to_run)
+        if keep_source:
+            remote.download()
+            source = _open_source(Path(path), None, on_hub)
+        else:
+            notice(remote.plan())
+    store = convert(source, dest, codec, on_progress, on_notice, trunk, ram)
+    if remote is not None:
+        remote.discard()
+    return store
 
 
-def _open_source(path: Path, on_notice: OnNotice | None) -> CheckpointSource | GgufSource:
+def _resolve(
+    path: str | Path,
+    revision: str | None,
+    is_enough: Callable[[HubModel], bool],
+    on_progress: OnProgress | None,
+    on_notice: OnNotice | None,
+) -> tuple[Path, HubModel | None]:
+    """A local path as it is; else a model on the hub and its snapshot.
+
+    The hub is asked unless what its cache has of the model is enough. A branch or tag that is named is always looked up
+    where that is allowed: it may have moved.
+    """
+    local, name = Path(path).expanduser(), str(path)
+    if local.exists():
+        if revision is not None:
+            raise UsageError(f"{local} is a local path, which has no revisions; leave out --revision {revision}")
+        return local, None
+    if not hub.is_hub_id(name):
+        raise DataError(
+            f"there is no file or directory {local}; give a store, a checkpoint directory, a GGUF file, or a model on "
+            "the Hugging Face Hub as ORGANISATION/NAME"
+        )
+    model = None
+    if revision is None or hub.is_commit(revision) or hub.is_offline():
+        model = hub.find_cached(name, revision)
+    if model is None or not is_enough(model):
+        request = {"name": name, "revision": revision}
+        model = HubModel(**run_apart(f"{hub.__name__}:look_up", request, on_progress, on_notice))
+    return Path(model.folder), model
+
+
+def _formats(checkpoint: Path, codec: str | None, trunk: str | None) -> tuple[str, str]:
+    """The codec and the trunk format that a store in the cache gets."""
+    codec = codec or _kept_codec(checkpoint) or DEFAULT_CODEC
+    return codec, trunk or default_trunk(codec)
+
+
+def _place(checkpoint: Path, model: HubModel | None, codec: str | None, trunk: str | None) -> Path:
+    """Where the store of a checkpoint lies in the user's cache."""
+    codec, trunk = _formats(checkpoint, codec, trunk)
+    if model is not None:
+        name = f"{model.name.replace('/', '--')}-{model.commit[:12]}"
+    else:
+        resolved = checkpoint.resolve()
+        digest = xxhash.xxh3_64_hexdigest(str(resolved).encode())[:8]  # tells directories of the same name apart
+        name = "--".join(resolved.parts[-3:] if resolved.parent.name == "snapshots" else resolved.parts[-1:])
+        name = f"{name}-{digest}"
+    return platformdirs.user_cache_path("pocketmoe") / "stores" / f"{name}-{codec}-trunk-{trunk}"
+
+
+def _open_source(
+    path: Path, on_notice: OnNotice | None, model: HubModel | None = None
+) -> CheckpointSource | GgufSource:
     if is_gguf(path):
         from .gguf_source import GgufSource
 
@@ -132,7 +238,7 @@ def _open_source(path: Path, on_notice: OnNotice | None) -> CheckpointSource | G
     files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
     if files:
         raise DataError(f"{path} holds GGUF files; name one of them, such as {files[0]}")
-    return CheckpointSource(path, on_notice)
+    return CheckpointSource(path, on_notice, model)
 
 
 def _kept_codec(checkpoint: Path) -> str | None:
@@ -160,13 +266,3 @@ def _out_of_date(store: Path, checkpoint: Path) -> str | None:
         if (stat.st_size, stat.st_mtime_ns) != (size, mtime):
             return f"{directory / name} has changed since it was converted"
     return None
-
-
-def _hub_snapshot(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        raise DataError(f"{name} is neither a directory nor a model in the local Hugging Face cache") from None

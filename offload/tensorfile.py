@@ -106,10 +106,22 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     try:
         header = json.loads(raw.decode("utf-8"))
-        entries = _entries(path, header, 8 + length)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: the safetensors header is damaged ({error}); download the file again") from None
+    return described_tensors(path, header, 8 + length, size)
+
+
+def described_tensors(path: Path, header: Any, base: int, size: int) -> dict[str, TensorEntry]:
+    """The tensors that a parsed header describes, in a file of `size` bytes whose data begin at byte `base`.
+
+    Raises:
+        DataError: the header is damaged, or its tensors do not cover the file exactly.
+    """
+    try:
+        entries = _entries(path, header, base)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: the safetensors header is damaged ({error}); download the file again") from None
-    covered = 8 + length
+    covered = base
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
         if entry.start != covered:
             raise DataError(f"{path}: tensor {entry.name} begins at byte {entry.start}, expected {covered}")

@@ -38,3 +38,37 @@ def _own_user_directories(tmp_path_factory, monkeypatch):
     for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):
         monkeypatch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """The files of a repository: a checkpoint in shards, a tokenizer, and much that nobody needs."""
+    import tiny
+
+    path = tmp_path_factory.mktemp("published")
+    tiny.make_checkpoint(path, "mixtral", vocab_size=tiny.CHAT_VOCABULARY, shards=5)
+    tiny.add_tokenizer(path)
+    for name in ("README.md", "pytorch_model.bin", "figures/plot.png", "original/m.pth", "consolidated.safetensors"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(b"not needed")
+    return path
+
+
+@pytest.fixture
+def server(published, tmp_path, monkeypatch):
+    """A fake hub that has `published`, asked by this process and by those that it starts; the hub's cache is empty."""
+    import fake_hub
+    from huggingface_hub import constants
+
+    with fake_hub.serving() as serving:
+        serving.models[fake_hub.NAME] = published
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        environment = {"HF_ENDPOINT": serving.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_TOKEN_PATH": "/nowhere"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        url = serving.url + "/{repo_id}/resolve/{revision}/{filename}"
+        read_at_import = {"HF_HUB_OFFLINE": False, "ENDPOINT": serving.url, "HUGGINGFACE_CO_URL_TEMPLATE": url}
+        for name, value in (read_at_import | {"HF_HUB_CACHE": environment["HF_HUB_CACHE"]}).items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("time.sleep", lambda _: None)  # between the library's attempts
+        yield serving

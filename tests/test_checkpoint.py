@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from pocketmoe.offload.checkpoint import INDEX_FILE, CheckpointSource
+from pocketmoe.offload.checkpoint import CheckpointSource
+from pocketmoe.offload.checkpoint_files import INDEX_FILE
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.manifest import Manifest
 from pocketmoe.offload.store import ExpertStore, verify_store

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from pocketmoe.offload.checkpoint import INDEX_FILE, CheckpointSource
+from pocketmoe.offload.checkpoint import CheckpointSource
+from pocketmoe.offload.checkpoint_files import INDEX_FILE
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DataError, PocketMoEError
 from pocketmoe.offload.store import verify_store

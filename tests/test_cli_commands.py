@@ -121,6 +121,8 @@ def test_loading_options_reach_load_and_those_of_a_conversion_only_when_given(mo
     assert models[0].options == expected | {"kernels": "torch", "threads": 2, "trace": None}
     assert "pocketmoe replay" not in invoke("run", "fake", "hi", "--codec", "bf16", "--trunk", "keep").stderr
     assert (models[1].options["codec"], models[1].options["trunk"]) == ("bf16", "keep")
+    invoke("run", "some/model", "hi", "--revision", "v2", "--no-keep-source")
+    assert (models[2].options["revision"], models[2].options["keep_source"]) == ("v2", False)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_convert_passes_the_codec_on_and_reports_on_stderr(monkeypatch):
         options["on_progress"](SimpleNamespace(stage="experts", done=1, total=2, unit="experts"))
         return dest
 
-    monkeypatch.setattr(convert_command, "convert_checkpoint", convert)
+    monkeypatch.setattr(convert_command, "convert_model", convert)
     result = invoke("convert", "source", "dest", "--codec", "bf16", "--trunk", "int4-g64")
     assert (result.exit_code, result.stdout) == (0, "")
     assert calls == [("source", Path("dest"), "bf16", "int4-g64")]
