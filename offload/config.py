@@ -7,6 +7,7 @@ from typing import Any
 
 from ..cache.units import parse_bytes
 from .errors import UsageError, require_known
+from .packed_scheme import AWQ, GPTQ, read_scheme
 
 IO_MODES = ("direct", "mmap", "buffered")
 KEEP = "keep"
@@ -87,13 +88,15 @@ def kept_codec(quantization: Any) -> str | None:
     try:
         if quantization["quant_method"] == MXFP4:
             return MXFP4
+        if quantization["quant_method"] in (GPTQ, AWQ):
+            return read_scheme(quantization).codec
         if (quantization["quant_method"], quantization["format"]) != ("compressed-tensors", "pack-quantized"):
             return None
         kinds = {
             tuple(group["weights"][name] for name in ("num_bits", "type", "symmetric", "strategy", "group_size"))
             for group in quantization["config_groups"].values()
         }
-    except (TypeError, KeyError, AttributeError):
+    except (TypeError, KeyError, AttributeError, ValueError):
         return None
     return next((f"int4-g{size}" for size in (32, 64, 128) if kinds == {(4, "int", True, "group", size)}), None)
 

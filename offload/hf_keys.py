@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from ..quant.codecs import Weight
 from ..quant.int4 import Int4Matrix
 from .errors import DataError
+from .gptq_awq import PackedLinear
 from .hf import MoeSite, Skeleton
 from .prequantized import Entry, Int4Entry, Mxfp4Entry, Readable
 from .tensorfile import TensorEntry
@@ -123,13 +124,9 @@ class KeyMap:
                 params[param] = target.packed.read_expert(index)
                 continue
             name, shape = f"{site.name}.{param}", site.params[param][0][1:]
-            if all(
-                isinstance(_of_expert(pattern, found, index), Int4Entry) for pattern, found in target.sources.items()
-            ):
-                # What merges experts only puts rows together: of codes and of scales as of numbers.
-                words = self._gather(name, target, index, lambda entry: entry.words)
-                scales = self._gather(name, target, index, lambda entry: entry.scales)
-                size, matrix = (*words.shape[:-1], words.shape[-1] * 8), Int4Matrix(words[0], scales[0])
+            sources = [_of_expert(pattern, found, index) for pattern, found in target.sources.items()]
+            if all(isinstance(source, Int4Entry | PackedLinear) for source in sources):
+                size, matrix = self._join_codes(name, target, index)
             else:
                 tensor = self._gather(name, target, index)
                 size, matrix = tuple(tensor.shape), tensor[0]
@@ -148,15 +145,29 @@ class KeyMap:
                 else:
                     yield from (part for part in entry if isinstance(part, TensorEntry))
 
-    def _gather(
-        self, name: str, target: _Target, index: int, pick: Callable[[Any], Readable] = lambda entry: entry
-    ) -> torch.Tensor:
-        """One expert's parameter as a batch of one, made by the library's operations of what `pick` takes of its
-        sources."""
+    def _join_codes(self, name: str, target: _Target, index: int) -> tuple[tuple[int, ...], Int4Matrix]:
+        """One expert's parameter with the codes that it ships with, and its shape as a batch of one.
+
+        What merges experts only puts rows together: of codes and of scales as of numbers.
+        """
+        matrices = {p: _of_expert(p, found, index).matrix() for p, found in target.sources.items()}  # type: ignore
+
+        def join(parts: dict[str | None, torch.Tensor]) -> torch.Tensor:
+            data = {pattern: [part[None] if pattern is None else part] for pattern, part in parts.items()}
+            return next(iter(self._convert(name, target, data).values()))
+
+        words = join({pattern: matrix.words for pattern, matrix in matrices.items()})
+        scales = join({pattern: matrix.scales for pattern, matrix in matrices.items()})
+        minimums = {pattern: m.minimums for pattern, m in matrices.items() if m.minimums is not None}
+        joined = Int4Matrix(words[0], scales[0], join(minimums)[0] if minimums else None)
+        return (*words.shape[:-1], words.shape[-1] * 8), joined
+
+    def _gather(self, name: str, target: _Target, index: int) -> torch.Tensor:
+        """One expert's parameter as a batch of one, made by the library's operations."""
         data = {
-            pattern: [pick(found[index]).read()[None] if pattern is None else pick(found[index]).read()]
+            pattern: [found[index].read()[None] if pattern is None else found[index].read()]
             if _per_expert(pattern, found)
-            else [pick(found[0]).read_index(index)]
+            else [found[0].read_index(index)]
             for pattern, found in target.sources.items()
         }
         return next(iter(self._convert(name, target, data).values()))

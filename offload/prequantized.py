@@ -11,6 +11,8 @@ from ..quant.int4 import Int4Matrix
 from ..quant.mxfp4 import GROUP, Mxfp4Matrix
 from .config import MXFP4, kept_codec
 from .errors import DataError
+from .gptq_awq import PackedLinear, join_linears
+from .packed_scheme import AWQ, GPTQ, read_scheme
 from .tensorfile import DTYPE_NAMES, TensorEntry
 
 FP8 = "fp8"
@@ -122,15 +124,18 @@ class Int4Entry(NamedTuple):
         """Of the file and of the matrix that `read` makes, in float32 on the way."""
         return self.words.nbytes * (1 + 2 * 4 + 2 * self.to.itemsize) + self.scales.nbytes
 
+    def matrix(self) -> Int4Matrix:
+        return Int4Matrix(self.words.read(), self.scales.read())
+
     def read(self) -> torch.Tensor:
-        return Int4Matrix(self.words.read(), self.scales.read()).dequantize(self.to)
+        return self.matrix().dequantize(self.to)
 
     def read_index(self, index: int) -> torch.Tensor:
         """A row, [1, cols]; reads them all."""
         return self.read()[index : index + 1]
 
 
-Readable = TensorEntry | Fp8Entry | Int4Entry
+Readable = TensorEntry | Fp8Entry | Int4Entry | PackedLinear
 Entry = Readable | Mxfp4Entry
 
 
@@ -150,6 +155,14 @@ def join_quantized(
     method = how.get("quant_method")
     if method == MXFP4:
         return join_mxfp4(entries)
+    if method in (GPTQ, AWQ):
+        try:
+            return join_linears(entries, read_scheme(how), dtype)
+        except ValueError as error:
+            raise DataError(
+                f"{path} is quantised ({method}, {error}); of {method} only 4 bits in groups of 32, 64 or 128 without "
+                "reordered columns can be converted yet"
+            ) from None
     codec = kept_codec(how)
     if codec is not None:
         return join_int4(entries, int(codec.removeprefix("int4-g")), dtype)
@@ -158,8 +171,8 @@ def join_quantized(
         return join_fp8(entries, (block[0], block[1]), dtype)
     what = f"{method} without weight_block_size" if method == FP8 else method or "?"
     raise DataError(
-        f"{path} is quantised ({what}); only bf16, f16, f32, MXFP4, FP8 in blocks and symmetric pack-quantized INT4 in "
-        "groups of 32, 64 or 128 can be converted yet"
+        f"{path} is quantised ({what}); only bf16, f16, f32, MXFP4, FP8 in blocks, GPTQ, AWQ and symmetric "
+        "pack-quantized INT4 in groups of 32, 64 or 128 can be converted yet"
     )
 
 

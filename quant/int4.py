@@ -97,8 +97,7 @@ class Int4Matrix:
 
     def codes(self) -> torch.Tensor:
         """uint8 [rows, cols]."""
-        pairs = self.words.contiguous().view(torch.uint8)
-        return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
+        return word_codes(self.words)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights [rows, cols]; symmetric ones exact in float32."""
@@ -109,6 +108,12 @@ class Int4Matrix:
         else:
             values = values * scales + self.minimums.float().unsqueeze(-1)
         return values.flatten(1).to(dtype)
+
+
+def word_codes(words: torch.Tensor) -> torch.Tensor:
+    """The codes in int32 words, the first in the lowest bits: uint8 [n, 8 m] of [n, m]."""
+    pairs = words.contiguous().view(torch.uint8)
+    return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
 
 
 def is_finite(values: torch.Tensor) -> bool:

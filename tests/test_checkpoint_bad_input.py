@@ -329,7 +329,7 @@ def test_pickled_weights_are_refused_unopened(copy, tmp_path, name):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["hqq", "bitsandbytes", "compressed-tensors"])
 def test_a_quantised_checkpoint_is_refused_with_its_method(copy, method):
     path = copy("granitemoe")
     edit_json(path / "config.json", quantization_config={"quant_method": method})

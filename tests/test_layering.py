@@ -23,8 +23,8 @@ ORDER = {
     ),
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (
-        "errors config placement memory device simulated_device source apart checkpoint_files hub "
-        "kv_cache hf prequantized hf_keys hf_layers workspace checkpoint hub_source fit convert store "
+        "errors packed_scheme config placement memory device simulated_device source apart checkpoint_files hub "
+        "kv_cache hf gptq_awq prequantized hf_keys hf_layers workspace checkpoint hub_source fit convert store "
         "tiers uploads transfer predictor prefetch reads recorder runtime device_runtime lean generate "
         "model gguf_file gguf_config gguf_tensor gguf_tokenizer gguf_llama gguf_source loading "
         "demo_store demo"
