@@ -188,7 +188,10 @@ def _bar(report: Callable[[int], object]) -> type:
             report(self.n)
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """What went over the network; `update` hears of what has arrived in the file."""
+            """What went over the network where it is not the file's own bytes; `update` hears of those."""
+
+        def set_transfer_postfix_str(self, *args: Any, **kwargs: Any) -> None:
+            """The network's speed."""
 
     return Bar
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +39,8 @@ class FakeHub:
     """If not 0, the answer to everything."""
     cut_after: list[int] = field(default_factory=list)
     """The next bodies of weights end after so many bytes."""
+    resets: bool = False
+    """Connections that end early do so with a reset."""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path and range of each request."""
     url: str = ""
@@ -147,6 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[:cut])
             if cut is not None:
                 self.close_connection = True
+                if self.hub.resets:
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.connection.close()
 
 
 def look_up(name: str = NAME, revision: str | None = None) -> HubModel:

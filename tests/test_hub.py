@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_hub
 import pytest
 from fake_hub import NAME, look_up, refusal, shards
 from huggingface_hub import constants, file_download
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from pocketmoe.offload import hub
 from pocketmoe.offload.checkpoint_files import INDEX_FILE
 from pocketmoe.offload.hub import HubModel
@@ -90,6 +92,32 @@ def test_a_connection_that_breaks_off_goes_on_where_it_was(server, published, mo
     assert (Path(model.folder) / file).read_bytes() == (published / file).read_bytes()
     assert sum("Trying to resume download" in notice for notice in notices) == 2
     assert steps[-1] == ("download", model.weights[file], model.weights[file], "bytes")
+
+
+def test_a_connection_that_is_reset_is_tried_again_a_few_times(server, published):
+    model, notices = look_up(), []
+    file, server.resets = shards(published)[1], True
+    server.cut_after += [1200, 1200]
+    hub.fetch(NAME, model.commit, {file: model.weights[file]}, None, None, notices.append)
+    assert (Path(model.folder) / file).read_bytes() == (published / file).read_bytes()
+    assert [f"the connection broke off at {file} (" in notice for notice in notices] == [True, True]
+    server.cut_after += [1200] * hub.ATTEMPTS
+    message = refusal(hub.fetch, NAME, model.commit, {shards(published)[2]: 0})
+    assert "cannot be reached (" in message and "what is complete is kept: run the same command again" in message
+
+
+def test_the_other_way_of_the_library_to_download_reports_its_progress_as_well():
+    """Large files on the hub come in deduplicated pieces, and the library tells of them differently."""
+    seen = []
+    bars = XetDownloadProgressReporter(
+        reconstruction_desc="", total=100, log_level=30, tqdm_class=hub._bar(seen.append)
+    )
+    with bars:
+        for written in (10, 60):
+            counts = {"total_bytes_completed": written, "total_transfer_bytes_completed": written + 5}
+            rates = {"total_bytes_completion_rate": 1.0, "total_transfer_bytes_completion_rate": 1.0}
+            bars.update_progress(SimpleNamespace(**counts, **rates, total_bytes=100, total_transfer_bytes=90))
+    assert seen == [10, 60]
 
 
 def test_a_full_disk_is_said_and_what_is_complete_stays(server, published, monkeypatch):
