@@ -1,93 +1,104 @@
-"""What other budgets would do: the routing that was seen, replayed with other numbers of slots."""
+"""What other policies and budgets would do: the routing that was seen, replayed, and the speed that would follow.
+
+The first half of the recorded tokens fills the cache, the second one is counted. Hits are those of the policy alone,
+so for the present setting they differ from the run's own by what prefetch has brought. Experts that the record shows
+for the first time count for nobody: whether they were resident is not known. Speeds are those of the cost model, each
+scaled by what the model is off at the present setting; both numbers of that are given.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from typing import NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
-from .replay import Requests, Step, replay
-from .stats import RunStats
+from .cost import Costs, DiskSpeed, seconds_per_token
+from .history import History
+from .replay import OPTIMUM, misses_by_step
+
+if TYPE_CHECKING:
+    from .stats import RunStats
 
 ENOUGH_TOKENS = 200
-_MOST_STEPS = 12_288
-"""Steps that are kept: 256 tokens of 48 layers, which are replayed in a second or two."""
+SIZES = (0.5, 0.75, 1.25, 1.5, 2.0, 4.0)
+"""Times the slots of the run."""
 
 
-class History:
-    """The experts that the latest single tokens chose, layer by layer. A forward that was cut short is left out."""
+class Setting(NamedTuple):
+    """What the counted tokens would have done with it. `ram_budget_bytes` is None where the run's is not known."""
 
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
-        self._steps: deque[Step] = deque(maxlen=max(1, _MOST_STEPS // layers) * layers)
-        self._token: list[Step] = []
-
-    def record(self, layer: int, experts: Step) -> None:
-        if layer == 0:
-            self._token = []
-        self._token.append(experts)
-        if len(self._token) == self.layers == layer + 1:
-            self._steps.extend(self._token)
-
-    def clear(self) -> None:
-        self._steps.clear()
-
-    @property
-    def tokens(self) -> int:
-        return len(self._steps) // self.layers
-
-    def steps(self) -> list[Step]:
-        """Steps of whole tokens, oldest first, the experts of each ascending."""
-        return [tuple(sorted(step)) for step in self._steps]
-
-
-class WhatIf(NamedTuple):
-    """A run with another number of slots."""
-
+    policy: str
     slots: int
-    ram_budget_bytes: int
+    ram_budget_bytes: int | None
     hit_rate: float
     tokens_per_second: float
+    present: bool
 
 
-def what_if(stats: RunStats, history: History) -> list[WhatIf]:
-    """Hit rates and answer speeds with other numbers of slots, the present one among them; fewest slots first.
+class Advice(NamedTuple):
+    """The comparison. `measured` and `predicted` are tokens per second of the counted tokens as they were set."""
 
-    The second half of the history is counted, the first one fills the cache. Hits are those of the policy alone, so for
-    the present number they differ from the run's own by what prefetch brought. Time is compute, taken as it was, and
-    waiting, in proportion to the misses; experts that the history shows for the first time count for neither.
-
-    Returns:
-        Nothing where there is too little to go by: fewer than ENOUGH_TOKENS tokens, no budget, no waiting.
-    """
-    slots, total, budget, policy = stats.slots, stats.total_experts, stats.ram_budget_bytes, stats.policy
-    answer, floor = stats.answer, _floor(history)
-    if history.tokens < ENOUGH_TOKENS or not (slots and total and budget and policy) or not answer.steps:
-        return []
-    steps = history.steps()
-    counted = history.tokens // 2 * history.layers
-    before, after = steps[:-counted], steps[-counted:]
-    new = len({e for step in after for e in step} - {e for step in before for e in step})
-    requests = sum(map(len, after))
-
-    def misses(slots: int) -> int:
-        whole, start = (
-            replay(Requests.of_steps(part, history.layers, total, floor), policy, slots) for part in (steps, before)
-        )
-        return (whole.requests - whole.hits) - (start.requests - start.hits) - new
-
-    now = misses(slots)
-    if now <= 0:
-        return []
-    second, wait = answer.seconds / answer.steps, answer.stall_s / answer.steps
-
-    def case(other: int) -> WhatIf:
-        missed = now if other == slots else misses(other)
-        ram = budget + (other - slots) * stats.record_bytes
-        return WhatIf(other, ram, 1 - missed / requests, 1 / (second - wait + wait * missed / now))
-
-    fewer, missing = max(history.layers * floor, slots * 3 // 4), total - slots
-    return [case(other) for other in sorted({fewer, slots, slots + missing // 4, slots + missing // 2, total})]
+    tokens: int
+    warmup_tokens: int
+    measured: float
+    predicted: float
+    policies: list[Setting]
+    """The run's own, LRU and the optimum."""
+    budgets: list[Setting]
+    """The run's own policy with fewer and with more slots, ascending."""
 
 
-def _floor(history: History) -> int:
-    return max((len(step) for step in history.steps()), default=0)
+class _Replays:
+    """The record, cut into warm-up and what is counted."""
+
+    def __init__(self, history: History, experts: int) -> None:
+        self._steps, self.layers, self.floor, self.experts = history.steps(), history.layers, history.top_k, experts
+        self.tokens = history.tokens // 2
+        self._from = len(self._steps) - self.tokens * self.layers
+        self.requests = [len(step) for step in islice(self._steps, self._from, None)]
+        seen, first = set[tuple[int, int]](), []
+        for step in self._steps:
+            first.append(len(step) - len(seen.intersection(step)))
+            seen.update(step)
+        self._first = first[self._from :]
+
+    def misses(self, policy: str, slots: int) -> list[int]:
+        """Of each counted step."""
+        found = misses_by_step(self._steps, policy, slots, self.layers, self.floor)[self._from :]
+        return [missed - first for missed, first in zip(found, self._first, strict=True)]
+
+
+def advise(run: RunStats, disk: DiskSpeed | None) -> Advice | None:
+    """None where there is too little to go by: fewer than ENOUGH_TOKENS tokens on record, or no slots known."""
+    history, slots, total, policy = run.history, run.slots, run.total_experts, run.policy
+    if history is None or history.tokens < ENOUGH_TOKENS or not (slots and total and policy):
+        return None
+    replays = _Replays(history, total)
+    latest = list(run.pace)[-replays.tokens :]
+    costs = Costs.of(run, disk, latest)
+    if costs is None or not sum(replays.requests):
+        return None
+    requests, measured = sum(replays.requests), len(latest) / sum(step.seconds for step in latest)
+    now = replays.misses(policy, slots)
+
+    def predict(misses: list[int]) -> float:
+        return 1 / seconds_per_token(replays.requests, misses, replays.layers, costs)
+
+    predicted = predict(now)
+
+    def setting(name: str, size: int) -> Setting:
+        present = (name, size) == (policy, slots)
+        misses = now if present else replays.misses(name, size)
+        budget = run.ram_budget_bytes and run.ram_budget_bytes + (size - slots) * run.record_bytes
+        speed = measured * predict(misses) / predicted
+        return Setting(name, size, budget, 1 - sum(misses) / requests, speed, present)
+
+    least = replays.layers * replays.floor
+    sizes = {min(total, max(least, int(slots * size))) for size in SIZES} | {slots, total}
+    return Advice(
+        tokens=replays.tokens,
+        warmup_tokens=history.tokens - replays.tokens,
+        measured=measured,
+        predicted=predicted,
+        policies=[setting(name, slots) for name in dict.fromkeys((policy, "lru", OPTIMUM))],
+        budgets=[setting(policy, size) for size in sorted(sizes)],
+    )

@@ -102,30 +102,35 @@ def replay(requests: Requests, policy: str, slots: int, per_layer: bool = False)
         )
     misses = [0] * layers
     for steps in requests.sequences:
-        pools = [steps[layer::layers] for layer in range(layers)] if per_layer else [steps]
-        for own in pools:
-            size, count = (slots // layers, 1) if per_layer else (slots, layers)
-            if policy == OPTIMUM:
-                _optimum(own, size, misses)
-            else:
-                _serve(own, get_policy(policy, size, count * floor), size, count, floor, misses)
+        if per_layer:
+            for layer in range(layers):
+                misses[layer] += sum(misses_by_step(steps[layer::layers], policy, slots // layers, 1, floor))
+        else:
+            by_step = misses_by_step(steps, policy, slots, layers, floor)
+            misses = [count + sum(by_step[layer::layers]) for layer, count in enumerate(misses)]
     total = requests.total
     return Result(policy, slots, total, total - sum(misses), tuple(misses))
 
 
-def _serve(
-    steps: Sequence[Step], policy: EvictionPolicy, slots: int, per_token: int, floor: int, misses: list[int]
-) -> None:
-    """Add the misses of one pool to `misses`. It does what `ExpertCache` does when every read arrives at once, at a
-    third of the cost; a test holds the two against each other."""
+def misses_by_step(steps: Sequence[Step], policy: str, slots: int, layers: int, floor: int) -> list[int]:
+    """How many experts of each step of one sequence the policy of that name, or OPTIMUM, has missed."""
+    if policy == OPTIMUM:
+        return _optimum(steps, slots)
+    return _serve(steps, get_policy(policy, slots, layers * floor), slots, layers, floor)
+
+
+def _serve(steps: Sequence[Step], policy: EvictionPolicy, slots: int, layers: int, floor: int) -> list[int]:
+    """It does what `ExpertCache` does when every read arrives at once, at a third of the cost; a test holds the two
+    against each other."""
+    misses = [0] * len(steps)
     touch, insert, remove, victims, stale = policy.touch, policy.insert, policy.remove, policy.victims, policy.stale
     ranks, resident, free = policy.ranks, set[ExpertId](), slots
-    layers = len(misses)
-    counts = [0] * layers
-    heads: list[ExpertId | None] = [None] * layers
-    lowest: list[float] = [_NOBODY] * layers  # each layer's lowest rank
-    offers: list[float] = [_NOBODY] * layers  # the same where the layer is above its floor
-    for at, step in enumerate(steps, 1):
+    width = 1 + max((step[0][0] for step in steps if step), default=0)  # a pool per layer has one layer's steps only
+    counts = [0] * width
+    heads: list[ExpertId | None] = [None] * width
+    lowest: list[float] = [_NOBODY] * width  # each layer's lowest rank
+    offers: list[float] = [_NOBODY] * width  # the same where the layer is above its floor
+    for at, step in enumerate(steps):
         missing = []
         for expert in step:
             if expert in resident:
@@ -134,7 +139,7 @@ def _serve(
                 missing.append(expert)
         if missing:
             layer = step[0][0]
-            misses[layer] += len(missing)
+            misses[at] = len(missing)
             stale.add(layer)  # its experts are locked now
             for expert in missing:
                 if free:
@@ -159,11 +164,12 @@ def _serve(
                 resident.add(expert)
                 counts[layer] += 1
             stale.add(layer)  # and no longer
-        if at % per_token == 0:
+        if (at + 1) % layers == 0:
             policy.tick()
+    return misses
 
 
-def _optimum(steps: Sequence[Step], slots: int, misses: list[int]) -> None:
+def _optimum(steps: Sequence[Step], slots: int) -> list[int]:
     """Belady's MIN for requests that come in sets: the resident whose next use is furthest leaves, locked ones never.
 
     The heap holds every next use that was ever known. Those that have come lie in the past and so never on top.
@@ -175,16 +181,17 @@ def _optimum(steps: Sequence[Step], slots: int, misses: list[int]) -> None:
         next_uses.append([upcoming.get(expert, never) for expert in steps[at]])
         upcoming.update(dict.fromkeys(steps[at], at))
     resident, heap, push, pop = set[ExpertId](), [], heapq.heappush, heapq.heappop
+    misses = []
     for step in steps:
         missing = [expert for expert in step if expert not in resident]
         for expert in missing:
             if len(resident) == slots:
                 resident.remove(pop(heap)[1])
             resident.add(expert)
-        if missing:
-            misses[step[0][0]] += len(missing)
+        misses.append(len(missing))
         for expert, use in zip(step, next_uses.pop(), strict=True):
             push(heap, (-use, expert))
+    return misses
 
 
 def lru_curve(requests: Requests) -> list[int]:

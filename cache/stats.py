@@ -9,17 +9,20 @@ import json
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from .expert import Lookup
-from .report import report
+from .counters import LayerStats, PhaseStats, Step, copied, filled, outstanding, values_of
+from .expert import ExpertId, Lookup
+from .history import History
 
 Phase = Literal["prompt", "answer"]
 Outcome = Literal["useful", "late", "wasted", "cancelled"]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MOST_STEPS = 1024  # of answers, whose pace is kept
 _DESCRIPTION = (
     "slots",
     "total_experts",
@@ -32,45 +35,9 @@ _DESCRIPTION = (
     "policy",
     "io",
     "kernels",
-    "what_if",
+    "store",
+    "prefetch",
 )
-
-
-@dataclass(slots=True)
-class LayerStats:
-    """Counters of one MoE layer. A request is one distinct expert of one forward pass."""
-
-    requests: int = 0
-    hits: int = 0
-    misses: int = 0
-    late: int = 0
-    """Misses whose read was in flight when the router chose the expert."""
-    prefetch_hits: int = 0
-    """Hits on experts that prefetch had brought, counted at their first use."""
-    demand_reads: int = 0
-    prefetch_reads: int = 0
-    bytes_read: int = 0
-    stall_s: float = 0.0
-    """Time that compute waited for bytes."""
-    prefetch_issued: int = 0
-    prefetch_useful: int = 0
-    """Arrived before it was chosen. The other outcomes: chosen while in flight, never chosen, withdrawn unread."""
-    prefetch_late: int = 0
-    prefetch_wasted: int = 0
-    prefetch_cancelled: int = 0
-
-
-@dataclass(slots=True)
-class PhaseStats:
-    """The prompt (prefill) or the answer (decode)."""
-
-    tokens: int = 0
-    steps: int = 0
-    """Forward passes in `seconds`. An answer's first token comes out of the prompt's pass and needs none."""
-    seconds: float = 0.0
-    requests: int = 0
-    hits: int = 0
-    stall_s: float = 0.0
 
 
 @dataclass
@@ -93,12 +60,22 @@ class RunStats:
     policy: str | None = None
     io: str | None = None
     kernels: str | None = None
-    what_if: list[dict[str, float]] | None = None
-    """Other numbers of slots and what they would give, where somebody has asked (`advice.what_if`)."""
-    compute_s: float = 0.0
-    """Time in the expert kernels."""
+    store: str | None = None
+    """The directory that records are read from."""
+    prefetch: str | None = None
+    """How it stands with reading ahead, in words."""
     read_busy_s: float = 0.0
     """Time with at least one read in flight: reads side by side count once."""
+    read_wait_s: float = 0.0
+    """Time that reads took, each for itself: over `read_busy_s` it is the mean number in flight."""
+    pace: deque[Step] = field(default_factory=lambda: deque(maxlen=MOST_STEPS))
+    """The latest steps of answers."""
+    uses: dict[ExpertId, int] = field(default_factory=dict)
+    """Requests for each expert."""
+    residents: list[ExpertId] | None = None
+    """Who was in a slot, where somebody has asked."""
+    history: History | None = field(default=None, repr=False, compare=False)
+    """The latest tokens' routing, where somebody has asked."""
     per_layer: list[LayerStats] = field(default_factory=list)
     prompt: PhaseStats = field(default_factory=PhaseStats)
     answer: PhaseStats = field(default_factory=PhaseStats)
@@ -110,7 +87,8 @@ class RunStats:
         self._lock = threading.RLock()
         self._phase = self.prompt
         self._in_flight = 0
-        self._busy_since = 0.0
+        self._in_flight_since = 0.0
+        self._waited, self._missing = self.answer.stall_s, self.answer.missing
 
     # Recording
 
@@ -131,12 +109,16 @@ class RunStats:
             counters.prefetch_hits += prefetch_hits
             phase.requests += hits + misses
             phase.hits += hits
+            phase.missing += misses + prefetch_hits
+            uses = self.uses
+            for experts in wanted:
+                for expert in experts:
+                    uses[expert] = uses.get(expert, 0) + 1
 
     def read_started(self) -> None:
         """A read went to the disk. Each one ends in `read_finished` or `read_failed`."""
         with self._lock:
-            if self._in_flight == 0:
-                self._busy_since = self.clock()
+            self._pass_time()
             self._in_flight += 1
 
     def read_finished(self, layer: int, nbytes: int, prefetch: bool = False) -> None:
@@ -145,6 +127,7 @@ class RunStats:
             self.read_failed()
             counters = self.per_layer[layer]
             counters.bytes_read += nbytes
+            self._phase.bytes_read += nbytes
             if prefetch:
                 counters.prefetch_reads += 1
             else:
@@ -154,9 +137,16 @@ class RunStats:
         """A read ended without bytes."""
         with self._lock:
             assert self._in_flight > 0, "a read ended that did not start"
+            self._pass_time()
             self._in_flight -= 1
-            if self._in_flight == 0:
-                self.read_busy_s += self.clock() - self._busy_since
+
+    def _pass_time(self) -> None:
+        """Book the time since the number of reads in flight last changed."""
+        now = self.clock()
+        if self._in_flight:
+            self.read_busy_s += now - self._in_flight_since
+            self.read_wait_s += (now - self._in_flight_since) * self._in_flight
+        self._in_flight_since = now
 
     def record_prefetch(self, layer: int, issued: int = 0, outcome: Outcome | None = None, count: int = 1) -> None:
         """`issued` guesses were queued, or `count` of them ended with `outcome`."""
@@ -176,7 +166,12 @@ class RunStats:
     def record_compute(self, seconds: float) -> None:
         """The expert kernels ran for `seconds`."""
         with self._lock:
-            self.compute_s += seconds
+            self._phase.compute_s += seconds
+
+    def record_layer(self, seconds: float) -> None:
+        """A layer's experts took `seconds` in all."""
+        with self._lock:
+            self._phase.layers_s += seconds
 
     def record_prompt(self, tokens: int, seconds: float) -> None:
         """A prompt of `tokens` was processed in `seconds`, up to its first answer token."""
@@ -185,12 +180,18 @@ class RunStats:
             self.prompt.steps += 1
             self.prompt.seconds += seconds
 
-    def record_answer(self, tokens: int, steps: int, seconds: float) -> None:
-        """`tokens` generated; `steps` forward passes after the prompt's took `seconds`. May be called per token."""
+    def record_answer(self, tokens: int, steps: int, seconds: float, forward_s: float = 0.0) -> None:
+        """`tokens` generated; `steps` forward passes after the prompt's took `seconds`, of which they computed and
+        waited `forward_s`. May be called per token."""
         with self._lock:
             self.answer.tokens += tokens
             self.answer.steps += steps
             self.answer.seconds += seconds
+            self.answer.forward_s += forward_s
+            if steps:
+                waited, missing = self.answer.stall_s, self.answer.missing
+                self.pace.append(Step(seconds, waited - self._waited, missing - self._missing))
+                self._waited, self._missing = waited, missing
 
     # The whole
 
@@ -198,11 +199,13 @@ class RunStats:
         """A consistent deep copy; later recording does not change it. Safe while other threads record."""
         with self._lock:
             copy = RunStats(**{f.name: getattr(self, f.name) for f in fields(self)})
-            copy.per_layer = [_copy(counters) for counters in self.per_layer]
-            copy.prompt, copy.answer = _copy(self.prompt), _copy(self.answer)
+            copy.per_layer = [copied(counters) for counters in self.per_layer]
+            copy.prompt, copy.answer = copied(self.prompt), copied(self.answer)
+            copy.uses, copy.pace = dict(self.uses), self.pace.copy()
             copy._phase = copy.prompt if self._phase is self.prompt else copy.answer
-            if self._in_flight:
-                copy.read_busy_s += self.clock() - self._busy_since
+            copy._in_flight, copy._in_flight_since = self._in_flight, self._in_flight_since
+            copy._pass_time()
+            copy._in_flight = 0
             return copy
 
     def reset(self) -> None:
@@ -210,12 +213,15 @@ class RunStats:
         and guesses that have not ended."""
         with self._lock:
             in_prompt = self._phase is self.prompt
-            self.per_layer = [LayerStats(prefetch_issued=_outstanding(counters)) for counters in self.per_layer]
+            self.per_layer = [LayerStats(prefetch_issued=outstanding(counters)) for counters in self.per_layer]
             self.prompt, self.answer = PhaseStats(), PhaseStats()
             self._phase = self.prompt if in_prompt else self.answer
-            self.compute_s = self.read_busy_s = 0.0
+            self.read_busy_s = self.read_wait_s = 0.0
+            self.uses = {}
+            self.pace.clear()
+            self._waited = self._missing = 0
             self.time_to_first_token_s = self.finish_reason = None
-            self._busy_since = self.clock()
+            self._in_flight_since = self.clock()
 
     def merge(self, other: RunStats) -> None:
         """Add the counters of a later run of the same model; its description and first-token time replace ours.
@@ -236,8 +242,12 @@ class RunStats:
             ):
                 for f in fields(mine):
                     setattr(mine, f.name, getattr(mine, f.name) + getattr(more, f.name))
-            self.compute_s += theirs.compute_s
             self.read_busy_s += theirs.read_busy_s
+            self.read_wait_s += theirs.read_wait_s
+            for expert, count in theirs.uses.items():
+                self.uses[expert] = self.uses.get(expert, 0) + count
+            self.pace.extend(theirs.pace)
+            self._waited, self._missing = self.answer.stall_s, self.answer.missing
             peaks = [peak for peak in (self.peak_rss_bytes, theirs.peak_rss_bytes) if peak is not None]
             for name in _DESCRIPTION:
                 if getattr(theirs, name) is not None:
@@ -249,17 +259,22 @@ class RunStats:
         run = self.snapshot()
         for layer, c in enumerate(run.per_layer):
             reads = c.demand_reads + c.prefetch_reads
-            assert min(_values(c)) >= 0, f"layer {layer}: a counter is negative: {c}"
+            assert min(values_of(c)) >= 0, f"layer {layer}: a counter is negative: {c}"
             assert c.hits + c.misses == c.requests, f"layer {layer}: {c.hits} + {c.misses} != {c.requests} requests"
             assert c.late <= c.misses, f"layer {layer}: {c.late} late > {c.misses} misses"
             assert c.prefetch_hits <= c.hits, f"layer {layer}: {c.prefetch_hits} prefetch hits > {c.hits} hits"
             assert c.bytes_read == run.record_bytes * reads, (
                 f"layer {layer}: {c.bytes_read} bytes read != {reads} reads of {run.record_bytes} bytes"
             )
-            assert _outstanding(c) >= 0, f"layer {layer}: {-_outstanding(c)} more guesses ended than were issued: {c}"
+            assert outstanding(c) >= 0, f"layer {layer}: {-outstanding(c)} more guesses ended than were issued: {c}"
         for name in ("requests", "hits"):
             phases, total = getattr(run.prompt, name) + getattr(run.answer, name), run.total(name)
             assert phases == total, f"{name}: {phases} in the phases != {total} in the layers"
+        by_layer = [0] * run.layers
+        for expert, count in run.uses.items():
+            by_layer[expert.layer] += count
+        requests = [c.requests for c in run.per_layer]
+        assert by_layer == requests, f"experts were used {by_layer} times by layer, but requested {requests} times"
         stalls, total = run.prompt.stall_s + run.answer.stall_s, run.total("stall_s")
         assert abs(stalls - total) <= 1e-6 * max(1.0, total), f"stall: {stalls} s in phases != {total} s in layers"
 
@@ -268,13 +283,30 @@ class RunStats:
         return sum(getattr(counters, name) for counters in self.per_layer)
 
     def report(self) -> str:
-        """Several lines of text for the terminal."""
-        return report(self.to_dict())
+        """The whole report as text of 80 columns; with a history it takes a second or two."""
+        from .report import report
+        from .report_text import as_text
+        from .sections import sections
+
+        return as_text(sections(report(self)))
+
+    def summary(self) -> str:
+        """The head of the report in a few lines; it takes no time."""
+        from .report import report
+        from .report_text import as_text
+        from .sections import summary
+
+        return as_text(summary(report(self, replays=False)))
+
+    @property
+    def compute_s(self) -> float:
+        """Time in the expert kernels."""
+        return self.prompt.compute_s + self.answer.compute_s
 
     # As data
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-serialisable: totals named as in `LayerStats`, rates, `phases`, `time_s`, `per_layer`."""
+        """The counters, JSON-serialisable: totals named as in `LayerStats`, rates, `phases`, `per_layer`."""
         run = self.snapshot()
         totals = {f.name: run.total(f.name) for f in fields(LayerStats)}
         seconds = run.prompt.seconds + run.answer.seconds
@@ -291,24 +323,28 @@ class RunStats:
             "stall_share": _ratio(totals["stall_s"], seconds),
             "disk_read_bytes_per_s": _ratio(totals["bytes_read"], run.read_busy_s),
             "read_busy_s": run.read_busy_s,
-            "time_s": {
-                "total": seconds,
-                "reads": totals["stall_s"],
-                "experts": run.compute_s,
-                "rest": max(0.0, seconds - totals["stall_s"] - run.compute_s),
-            },
+            "read_wait_s": run.read_wait_s,
             "phases": {"prompt": asdict(run.prompt), "answer": asdict(run.answer)},
             "per_layer": [{**asdict(c), "hit_rate": _ratio(c.hits, c.requests)} for c in run.per_layer],
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict()` as JSON, all or nothing: under a temporary name first, then renamed. Raises OSError."""
+        """Write `to_dict()`, pace, uses, residents and history as JSON, all or nothing: under a temporary name first,
+        then renamed. Raises OSError."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        run = self.snapshot()
+        data = {
+            **run.to_dict(),
+            "pace": list(run.pace),
+            "uses": [(*expert, count) for expert, count in sorted(run.uses.items())],
+            "residents": None if run.residents is None else sorted(run.residents),
+            "history": None if run.history is None else run.history.to_dict(),
+        }
         try:
             with partial.open("w", encoding="utf-8") as file:
-                json.dump(self.to_dict(), file, indent=1)
+                json.dump(data, file)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -322,43 +358,27 @@ class RunStats:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["version"] != FORMAT_VERSION:
                 raise ValueError(f"version {data['version']!r} instead of {FORMAT_VERSION}")
-            return cls(
+            run = cls(
                 layers=data["layers"],
                 record_bytes=data["record_bytes"],
                 **{name: data[name] for name in _DESCRIPTION},
-                compute_s=data["time_s"]["experts"],
                 read_busy_s=data["read_busy_s"],
-                per_layer=[_filled(LayerStats, counters) for counters in data["per_layer"]],
-                prompt=_filled(PhaseStats, data["phases"]["prompt"]),
-                answer=_filled(PhaseStats, data["phases"]["answer"]),
+                read_wait_s=data["read_wait_s"],
+                per_layer=[filled(LayerStats, counters) for counters in data["per_layer"]],
+                prompt=filled(PhaseStats, data["phases"]["prompt"]),
+                answer=filled(PhaseStats, data["phases"]["answer"]),
+                pace=deque((Step(*step) for step in data["pace"]), maxlen=MOST_STEPS),
+                uses={ExpertId(layer, index): count for layer, index, count in data["uses"]},
+                residents=data["residents"] and [ExpertId(*expert) for expert in data["residents"]],
+                history=data["history"] and History.from_dict(data["history"]),
             )
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            run.check()
+            return run
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{path} does not hold statistics of pocketmoe ({reason}): delete it and run again."
             ) from None
-
-
-Counters = TypeVar("Counters", LayerStats, PhaseStats)
-
-
-def _copy(counters: Counters) -> Counters:
-    return type(counters)(*_values(counters))
-
-
-def _values(counters: LayerStats | PhaseStats) -> tuple[Any, ...]:
-    return tuple(getattr(counters, f.name) for f in fields(counters))
-
-
-def _outstanding(counters: LayerStats) -> int:
-    ended = counters.prefetch_useful + counters.prefetch_late + counters.prefetch_wasted + counters.prefetch_cancelled
-    return counters.prefetch_issued - ended
-
-
-def _filled(kind: type[Counters], data: dict[str, Any]) -> Counters:
-    counters = kind(**{f.name: data[f.name] for f in fields(kind)})
-    assert all(type(value) in (int, float) for value in _values(counters)), f"not numbers: {counters}"
-    return counters
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -61,3 +61,10 @@ def parse_bytes(amount: str | int) -> int:
     if size == 0:
         raise ValueError(f"{amount!r} is less than one byte: {_EXAMPLES}.")
     return size
+
+
+def as_option(count: int) -> str:
+    """`count` bytes as the value of an option, rounded up so that they suffice: `870MB`, `6.5GB`."""
+    if count < 2 * 10**9:
+        return f"{-(-count // 10**7) * 10}MB"
+    return f"{-(-count // 10**8) / 10:g}GB"

@@ -35,14 +35,19 @@ def is_terminal(stream: TextIO | None) -> bool:
         return False
 
 
+def may_style(stream: TextIO | None) -> bool:
+    """Whether `stream` may be styled, after https://no-color.org."""
+    return is_terminal(stream) and os.environ.get("TERM") not in ("dumb", "unknown") and not os.environ.get("NO_COLOR")
+
+
 def has_cursor() -> bool:
     """Whether stderr can redraw a line: only then are there progress bars."""
     return is_terminal(sys.stderr) and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def has_colour() -> bool:
-    """Whether stderr may be styled, after https://no-color.org."""
-    return has_cursor() and not os.environ.get("NO_COLOR")
+    """Whether stderr may be styled."""
+    return may_style(sys.stderr)
 
 
 def say(text: str = "", end: str = "\n") -> None:

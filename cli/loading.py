@@ -47,7 +47,7 @@ def opened(path: str, options: LoadOptions) -> Iterator[Model]:
 
 
 def _keep_statistics(model: Model) -> None:
-    stats = model.stats()
+    stats = model.stats(advice=True)
     if not stats.to_dict()["prompt_tokens"]:
         return  # nothing was asked: what the run before has left is worth more
     path = last_run_path()

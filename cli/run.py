@@ -79,4 +79,4 @@ def answer_once(
     if note := ending_note(outcome.finish_reason, model.context, FULL_CONTEXT):
         say(note)
     if show_stats:
-        say(model.stats(advice=True).report())
+        say(model.stats().summary())

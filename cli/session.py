@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from ..offload.errors import PocketMoEError, UsageError
 from .answer import ending_note, stream_answer
 from .console import AnswerWriter, say, say_error
 from .interrupt import INTERRUPTED
+from .report import show_report
 from .settings import ChatSettings
 from .terminal import LineReader, line_reader, read_message
 from .transcript import load_transcript, save_transcript
@@ -23,7 +25,7 @@ HELP = {
     "/?": "this list (also /help)",
     "/clear": "forget the conversation; the system prompt stays",
     "/set": "show the settings; /set NAME VALUE changes one, as /set temperature 0.7, /set system TEXT, /set stats on",
-    "/stats": "statistics so far",
+    "/stats": "the report on speed, reads and memory so far",
     "/save": "save the conversation: /save FILE",
     "/load": "go on with a saved conversation: /load FILE",
     "/bye": "leave (also Ctrl-D)",
@@ -106,7 +108,7 @@ class Session:
         if note := ending_note(outcome.finish_reason, self._model.context, FULL_CONTEXT):
             say(note)
         if self._settings.show_stats:
-            self._stats("")
+            say(self._model.stats().summary())
 
     def _leaves(self) -> bool:
         """Whether this Ctrl-C, which did not stop an answer, is a second one."""
@@ -136,7 +138,7 @@ class Session:
                 say(line)
 
     def _stats(self, argument: str) -> None:
-        say(self._model.stats(advice=True).report())
+        show_report(self._model.stats(advice=True), sys.stderr)
 
     def _save(self, argument: str) -> None:
         path = _file(argument, "/save")

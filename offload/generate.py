@@ -207,13 +207,13 @@ def stream_answer(
     stats.time_to_first_token_s = time.perf_counter() - begin
     stats.enter("answer")
     text, count, reason = TextStream(tokenizer, sampling.stop), 0, None
-    steps, begin = 0, time.perf_counter()
+    steps, begin, forward = 0, time.perf_counter(), 0.0
     generated = generated if generated is not None else []
     while True:
         count += 1
         generated.append(token)
         piece = "" if token in ends else text.push(token)
-        stats.record_answer(1, steps, time.perf_counter() - begin if steps else 0.0)
+        stats.record_answer(1, steps, time.perf_counter() - begin if steps else 0.0, forward)
         if token in ends or text.stopped:
             reason = "stop"
         elif sampling.max_tokens is not None and count >= sampling.max_tokens:
@@ -229,4 +229,6 @@ def stream_answer(
             yield Chunk(piece, count)
         after_step()
         begin, steps = time.perf_counter(), 1
-        token = sampler.choose(sequence.feed([token]))
+        logits = sequence.feed([token])
+        forward = time.perf_counter() - begin
+        token = sampler.choose(logits)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..cache.advice import what_if
 from ..cache.manager import ExpertCache
 from ..cache.policy import get_policy
 from ..cache.stats import RunStats
@@ -100,6 +99,7 @@ class Model:
             codec=manifest.codec,
             policy=config.policy,
             io=store.io,
+            store=str(self.path.resolve()),
         )
         try:
             policy = get_policy(config.policy, plan.slots, needs.floor)
@@ -316,13 +316,14 @@ class Model:
         """A snapshot of the counters since the load or the last `reset_stats`.
 
         Args:
-            advice: also replay the latest tokens' routing with other numbers of slots, which takes a second or two, and
-                say what they would give (`RunStats.what_if`; 200 tokens are needed).
+            advice: also the latest tokens' routing and who is in a slot, from which the report says what other policies
+                and budgets would give.
         """
         snapshot = self._stats.snapshot()
         snapshot.peak_rss_bytes = memory.peak_resident_bytes()
         if advice:
-            snapshot.what_if = [case._asdict() for case in what_if(snapshot, self._runtime.history)]
+            snapshot.history = self._runtime.history.copy()
+            snapshot.residents = list(self._runtime.cache.residents())
         return snapshot
 
     def reset_stats(self) -> None:

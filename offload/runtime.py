@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..cache.advice import History
 from ..cache.expert import ExpertId, Lookup
+from ..cache.history import History
 from ..cache.manager import ExpertCache
 from ..cache.stats import RunStats
 from ..quant.kernels import ExpertJob, ExpertKernels
@@ -153,6 +153,7 @@ class ExpertRuntime:
         Returns:
             float32 [R, H], by row of `work`, unweighted.
         """
+        begin = time.perf_counter()
         self.prefetch.settle(layer, set(work.experts))
         wanted = self.cache.lookup(layer, work.experts, promote=hidden.shape[0] == 1)
         late = sum(map(self.cache.is_arriving, wanted.misses))
@@ -166,6 +167,7 @@ class ExpertRuntime:
             self._compute(layer, wanted.hits, hidden, work, parts)
         if layer == self.cache.layers - 1:
             self.cache.tick()
+        self.stats.record_layer(time.perf_counter() - begin)
         return parts
 
     def _compute_and_read(

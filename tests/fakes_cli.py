@@ -8,15 +8,14 @@ user's error and `crash` a bug, `evil` answers with terminal escapes; everything
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pocketmoe.cli.loading as loading
+from pocketmoe.cache.stats import RunStats
 from pocketmoe.offload.errors import DataError, PocketMoEError
 
 EVIL = "\x1b]0;owned\x07\x1b[31mred\x9b2J\tend\n"
@@ -26,30 +25,6 @@ class Chunk(NamedTuple):
     text: str
     tokens: int = 1
     finish_reason: str | None = None
-
-
-class FakeStats:
-    """Counts of one run under the names that the command line relies on."""
-
-    def __init__(self, **values: Any) -> None:
-        counts = ("prompt_tokens", "generated_tokens", "requests", "hits", "misses", "prefetch_hits", "bytes_read")
-        self.values = dict.fromkeys(counts, 0) | {"slots": 8, "ram_budget_bytes": 10**9, "peak_rss_bytes": 5 * 10**8}
-        self.values |= {
-            "tokens_per_second": 2.5,
-            "time_to_first_token_s": 0.5,
-            "stall_s": 0.25,
-            "finish_reason": "stop",
-        }
-        self.values |= values
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.values)
-
-    def report(self) -> str:
-        return f"FAKE REPORT {self.values['generated_tokens']} tokens"
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.values))
 
 
 class FakeConversation:
@@ -130,8 +105,13 @@ class FakeModel:
         self.conversations.append(FakeConversation(self, system))
         return self.conversations[-1]
 
-    def stats(self, advice: bool = False) -> FakeStats:
-        return FakeStats(prompt_tokens=len(self.asked), generated_tokens=self._generated)
+    def stats(self, advice: bool = False) -> RunStats:
+        run = RunStats(1, 4096, slots=8, total_experts=16, ram_budget_bytes=10**9, peak_rss_bytes=5 * 10**8)
+        run.time_to_first_token_s, run.finish_reason = 0.5, "stop"
+        for _ in self.asked:
+            run.record_prompt(1, 0.5)
+        run.record_answer(self._generated, self._generated, 0.4 * self._generated)
+        return run
 
     def close(self) -> None:
         self.closed = True

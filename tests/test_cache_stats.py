@@ -6,22 +6,12 @@ import json
 import threading
 
 import pytest
+from fakes_run import Clock
 from pocketmoe.cache.expert import ExpertId, Lookup
-from pocketmoe.cache.report import one_line, report, verdict
 from pocketmoe.cache.stats import LayerStats, RunStats
 from pocketmoe.cache.units import format_bytes, parse_bytes
 
 RECORD = 2_650_000
-
-
-class Clock:
-    """Time that passes only when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def lookup(hits: int, misses: int, layer: int = 0) -> Lookup:
@@ -65,13 +55,17 @@ def test_counters_of_a_run_add_up():
     assert data["tokens_per_second"] == pytest.approx(20), "the first token's time belongs to the prompt"
     assert data["prompt_tokens_per_second"] == 20
     assert data["stall_s"] == pytest.approx(2)
-    assert data["time_s"] == pytest.approx({"total": 5.5, "reads": 2.0, "experts": 1.0, "rest": 2.5})
+    assert stats.compute_s == pytest.approx(1.0)
+    assert (stats.answer.missing, stats.answer.bytes_read) == (400, 400 * RECORD)
+    assert [step.missing for step in stats.pace] == [4] * 100
+    assert sum(step.stall_s for step in stats.pace) == pytest.approx(2)
     assert [layer["hits"] for layer in data["per_layer"]] == [600, 600]
 
 
 @pytest.mark.parametrize(
     ("counter", "message"),
     [
+        ("requests", "requests"),
         ("hits", "requests"),
         ("late", "late > "),
         ("prefetch_hits", "prefetch hits > "),
@@ -95,6 +89,10 @@ def test_check_notices_a_counter_that_is_off(counter, message):
     stats.answer.hits += 1
     with pytest.raises(AssertionError, match="in the phases"):
         stats.check()
+    stats = a_run()
+    stats.uses[ExpertId(1, 0)] += 1
+    with pytest.raises(AssertionError, match="experts were used"):
+        stats.check()
 
 
 def test_reads_side_by_side_count_once_in_the_disks_time():
@@ -110,6 +108,7 @@ def test_reads_side_by_side_count_once_in_the_disks_time():
     stats.read_failed()
     clock.now += 10
     assert stats.read_busy_s == 3
+    assert stats.read_wait_s == 4, "two of them were in flight for one second"
     assert stats.to_dict()["disk_read_bytes_per_s"] == RECORD / 3
     assert stats.per_layer[0] == LayerStats(prefetch_reads=1, bytes_read=RECORD)
     stats.check()
@@ -178,7 +177,7 @@ def test_saved_statistics_come_back_equal(tmp_path):
     stats.save(path)
     assert RunStats.load(path) == stats
     assert RunStats.load(path).to_dict() == stats.to_dict()
-    assert json.loads(path.read_text()) == stats.to_dict()
+    assert json.loads(path.read_text()).items() >= stats.to_dict().items()
     assert [entry.name for entry in path.parent.iterdir()] == ["last.json"], "no partial file stays"
 
 
@@ -196,7 +195,7 @@ def test_a_failed_save_leaves_the_former_file_as_it_was(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"version": 99}', '{"version": 1, "layers": 2}', "broken layer", "broken type"],
+    ["", "{", "[]", "{}", '{"version": 99}', '{"version": 2, "layers": 2}', "broken layer", "broken type"],
 )
 def test_a_file_of_something_else_is_refused_in_one_sentence_with_its_name(tmp_path, content):
     path = tmp_path / "last.json"
@@ -212,77 +211,6 @@ def test_a_file_of_something_else_is_refused_in_one_sentence_with_its_name(tmp_p
         RunStats.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_rates_of_nothing_are_none_and_everything_still_prints():
-    empty = RunStats(3)
-    empty.check()
-    data = empty.to_dict()
-    for name in ("hit_rate", "tokens_per_second", "prompt_tokens_per_second", "stall_share", "disk_read_bytes_per_s"):
-        assert data[name] is None
-    for stats in (data, {}, RunStats(1, slots=0, total_experts=0).to_dict()):
-        assert "Not enough data" in report(stats)
-        assert "hit -" in one_line(stats)
-    json.dumps(data, allow_nan=False)
-
-
-def test_the_report_has_every_block_and_no_escape_codes():
-    stats = a_run(stall_s=0.03, peak_rss_bytes=3_900_000_000, model="demo", codec="int4-g32", policy="lru", io="direct")
-    stats.per_layer[0].prefetch_issued, stats.per_layer[0].prefetch_wasted = 9, 4
-    text = stats.report()
-    lines = text.splitlines()
-    assert 10 <= len(lines) <= 20
-    assert max(map(len, lines[:-1])) <= 120
-    for block in ("speed", "time", "hits", "reads", "prefetch", "slots", "memory", "setup"):
-        assert sum(line.startswith(f"{block} ") for line in lines) == 1
-    for fact in ("20.0 t/s", "75.0%", "1,188 of 1,584", "128 of 256 experts (50%)", "budget 4.0 GB, peak 3.9 GB"):
-        assert fact in text
-    assert "9 issued, 0 useful, 0 late, 4 wasted, 0 cancelled" in text
-    assert "\x1b" not in text
-    assert report(stats.to_dict(), ascii_only=True).isascii()
-
-
-def test_the_bars_name_the_lowest_and_the_highest_layer():
-    stats = RunStats(4, RECORD)
-    for layer, hits in enumerate((8, 4, 0)):
-        stats.record(layer, lookup(hits, 8 - hits, layer))
-    text = stats.report()
-    assert "█▅▁ \n" in text
-    assert "layer 2 lowest 0.0%, layer 0 highest 100.0%" in text
-    many = RunStats(200, RECORD)
-    for layer in range(200):
-        many.record(layer, lookup(8, 0))
-    assert "█" * 50 + "\n" in many.report()
-    assert "one bar for 4 layers" in many.report()
-
-
-def test_the_line_below_an_answer_has_the_agreed_fields():
-    line = one_line(a_run(tokens=215, stall_s=0.006).to_dict())
-    assert line == (
-        "prompt 10 tok 20.0 t/s | gen 215 tok 20.0 t/s | TTFT 0.50 s | hit 75.0% | stall 1.28 s (11%) | 2.3 GB read | "
-        "stop: end"
-    )
-
-
-@pytest.mark.parametrize(
-    ("run", "words"),
-    [
-        ({"tokens": 49}, ("Not enough data", "49 tokens", "50 or more")),
-        # 128 of 256 experts missing at 2.65 MB are 0.34 GB on top of 4 GB.
-        ({"stall_s": 0.04}, ("73% of the time", "50% of the experts", "--ram 4.4GB would hold all", "377 more")),
-        ({"stall_s": 0.04, "ram_budget_bytes": None}, ("339 MB more --ram",)),
-        ({"stall_s": 0.04, "slots": 256}, ("all experts fit", "longer run")),
-        ({"stall_s": 0.04, "slots": None}, ("more --ram",)),
-        ({"stall_s": 0.005}, ("only 9%", "compute is the limit", "at most 22.0 tokens/s", "leave --ram")),
-        ({"hits": 8}, ("Every request was a hit", "memory is sufficient and compute is the limit")),
-    ],
-)
-def test_the_verdict_is_one_sentence_that_ends_in_a_decision(run, words):
-    sentence = verdict(a_run(**run).to_dict())
-    for word in words:
-        assert word in sentence
-    assert sentence.endswith(".")
-    assert "\n" not in sentence
 
 
 @pytest.mark.parametrize(

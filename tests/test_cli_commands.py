@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +76,7 @@ def test_json_prints_one_object_with_the_promised_keys_and_nothing_else(models):
     assert result.exit_code == 0
     assert not set(KEYS.split()) - answer.keys()
     assert (answer["text"], answer["finish_reason"], answer["model"]) == (fakes_cli.EVIL, "stop", "fake")
-    assert "FAKE REPORT" in result.stderr
+    assert "Counted: 1 tokens of 1 answer" in result.stderr
 
 
 def test_sampling_options_reach_the_model_and_what_is_not_given_is_left_to_it(models):
@@ -262,24 +261,28 @@ def test_stats_without_a_last_run_says_where_they_would_be(monkeypatch, tmp_path
     assert str(tmp_path) in result.stderr
 
 
-def test_stats_prints_what_the_last_run_kept_as_text_or_json(monkeypatch, tmp_path):
+def test_stats_prints_the_report_of_the_last_run_or_of_a_file_as_text_json_or_html(models, monkeypatch, tmp_path):
     import pocketmoe.cli.stats as stats_command
 
     path = tmp_path / "last-run.json"
     monkeypatch.setattr(stats_command, "last_run_path", lambda: path)
-    values = {"hits": 3}
-    loaded = SimpleNamespace(load=lambda read: SimpleNamespace(to_dict=lambda: json.loads(read.read_text())))
-    monkeypatch.setitem(sys.modules, "pocketmoe.cache.stats", SimpleNamespace(RunStats=loaded))
-    monkeypatch.setitem(
-        sys.modules, "pocketmoe.cache.report", SimpleNamespace(report=lambda values: f"REPORT {values}")
-    )
-    path.write_text(json.dumps(values))
-    assert invoke("stats").stdout == f"REPORT {values}\n"
-    assert json.loads(invoke("stats", "--json").stdout) == values
+    fakes_cli.FakeModel("fake", {}).stats().save(path)
+    assert "2 tokens were generated" not in invoke("stats").stdout
+    other = fakes_cli.FakeModel("fake", {})
+    list(other.stream("two words"))
+    other.stats().save(tmp_path / "other.json")
+    text = invoke("stats", str(tmp_path / "other.json")).stdout
+    assert "2 tokens were generated" in text
+    assert "\x1b" not in text
+    assert json.loads(invoke("stats", "--json").stdout)["format"] == "pocketmoe-report"
+    page = tmp_path / "report.html"
+    written = invoke("stats", "--html", str(page))
+    assert (written.exit_code, written.stdout) == (0, "")
+    assert page.read_text().startswith("<!DOCTYPE html>")
     path.write_text("{")
     damaged = invoke("stats")
     assert damaged.exit_code == 3
-    assert "can not be read" in damaged.stderr
+    assert str(path) in damaged.stderr
 
 
 def test_the_version_is_printed():

@@ -1,0 +1,282 @@
+"""The report in sections: lines, tables, bars and the map of experts, for whoever draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .report import PARTS
+from .units import as_option, format_bytes
+from .verdict import worthwhile
+
+MOST_ROWS = 24
+"""Of a table by layers; more layers share rows."""
+_FINISH = {"stop": "end", "length": "max tokens", "context": "context full"}
+
+Bar = tuple[tuple[str, float], ...]
+"""Segments one after the other, each of a kind ("time", "hit", "ahead", "late", "miss") and a share of the whole."""
+Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first column is text, the others are numbers. `bars` are one per row, if any."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    bars: tuple[Bar, ...] = ()
+    strong: int | None = None
+    """The row of the present setting."""
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Shares of the highest value, 0 to 1, [rows][columns]; `marked` are the columns of a row that stand out."""
+
+    values: tuple[tuple[float, ...], ...]
+    marked: tuple[frozenset[int], ...]
+    row_name: str
+    column_name: str
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    lines: tuple[str, ...] = ()
+    """Above the table or the map."""
+    table: Table | None = None
+    heat: HeatMap | None = None
+    notes: tuple[str, ...] = ()
+    """Below it."""
+
+
+def sections(report: Report) -> list[Section]:
+    """All of a report's data that there is."""
+    return [
+        _headline(report),
+        *_time(report),
+        _links(report),
+        *(_layers(tier) for tier in report["tiers"] if tier["requests"]),
+        _prefetch(report),
+        *_experts(report),
+        *_policies(report),
+        *_budgets(report),
+        _setup(report),
+    ]
+
+
+def summary(report: Report) -> list[Section]:
+    """The head of it, for below an answer."""
+    return [_headline(report), *_time(report), _links(report)]
+
+
+def _headline(report: Report) -> Section:
+    speed, sample = report["speed"], report["sample"]
+    parts = [
+        f"{_rate(speed['tokens_per_second'])}",
+        f"first token after {_time_of(speed['time_to_first_token_s'])}",
+        f"prompt {_rate(speed['prompt_tokens_per_second'])}",
+        f"hits {_percent(speed['hit_rate'])}",
+    ]
+    if speed["finish_reason"]:
+        parts.append(f"ended by {_FINISH.get(speed['finish_reason'], speed['finish_reason'])}")
+    misses = sum(tier["misses"] for tier in report["tiers"][-1:])
+    counted = (
+        f"Counted: {sample['answer_tokens']:,} tokens of {_plural(sample['prompts'], 'answer')}, "
+        f"{sample['prompt_tokens']:,} of prompts; warm-up included: {sample['first_reads']:,} of "
+        f"{misses:,} misses were first requests."
+    )
+    return Section(report["model"] or "unknown model", (report["verdict"], ", ".join(parts), counted))
+
+
+def _time(report: Report) -> list[Section]:
+    split = report["time_per_token"]
+    if split is None:
+        return []
+    parts = split["parts"]
+    rows = tuple((PARTS[p["name"]], f"{1000 * p['seconds']:.2f}", _percent(p["share"], 0)) for p in parts)
+    whole = ("a token", f"{1000 * split['seconds']:.2f}", "100 %")
+    bars: tuple[Bar, ...] = (*((("time", p["share"] or 0.0),) for p in parts), ())
+    return [Section("Where the time of an answer goes", table=Table(("", "ms", "share"), (*rows, whole), bars))]
+
+
+def _links(report: Report) -> Section:
+    rows, notes = [], []
+    for link in report["links"]:
+        peak = link["peak_bytes_per_s"]
+        rows.append(
+            (
+                link["name"],
+                format_bytes(link["bytes"]),
+                "-" if link["bytes_per_token"] is None else format_bytes(link["bytes_per_token"]),
+                _percent(link["busy_share"], 0),
+                "-" if link["bytes_per_s"] is None else f"{format_bytes(link['bytes_per_s'])}/s",
+                f"{format_bytes(peak)}/s" if peak else "-",
+            )
+        )
+        if link["bytes"]:
+            notes.append(
+                f"{link['name']}: {link['on_demand']:,} records on demand, {link['ahead']:,} ahead; "
+                f"{link['in_flight'] or 0:.1f} at a time while busy. "
+                + ("The peak: direct reads of this store, measured just now." if peak else "The peak was not measured.")
+            )
+    columns = ("link", "moved", "a token", "busy", "while busy", "peak")
+    return Section("Links", table=Table(columns, tuple(rows)), notes=tuple(notes))
+
+
+def _layers(tier: Mapping[str, Any]) -> Section:
+    layers = tier["per_layer"]
+    per_row = -(-len(layers) // MOST_ROWS)
+    rows, bars = [], []
+    for first in range(0, len(layers), per_row):
+        group = layers[first : first + per_row]
+        total = {name: sum(layer[name] for layer in group) for name in group[0]}
+        last = first + len(group) - 1
+        requests = total["requests"] or 1
+        shares = {
+            "hit": (total["hits"] - total["prefetch_hits"]) / requests,
+            "ahead": total["prefetch_hits"] / requests,
+            "late": total["late"] / requests,
+            "miss": (total["misses"] - total["late"]) / requests,
+        }
+        rows.append((f"{first}" if per_row == 1 else f"{first}-{last}", *(f"{100 * s:.1f}" for s in shares.values())))
+        bars.append(tuple(shares.items()))
+    slots, experts = tier["slots"], tier["experts"]
+    held = ""
+    if slots and experts:
+        size = format_bytes(slots * tier["record_bytes"])
+        held = f"{slots:,} of {experts:,} experts fit ({min(1.0, slots / experts):.0%}, {size}). "
+    whole = (
+        f"{held}{_percent(tier['hit_rate'])} of {tier['requests']:,} requests found theirs there, prompts included; "
+        f"{tier['prefetch_hits']:,} thanks to prefetch. Of {tier['misses']:,} misses {tier['late']:,} were on their "
+        "way."
+    )
+    columns = ("layer", "hit %", "ahead", "late", "missed")
+    return Section(f"Hits in {tier['name']}, by layer", (whole,), Table(columns, tuple(rows), tuple(bars)))
+
+
+def _prefetch(report: Report) -> Section:
+    found = report["prefetch"]
+    lines = [found["state"]] if found["state"] else []
+    if not found["issued"]:
+        return Section("Prefetch", (*lines, "Nothing was read ahead."))
+    kinds = ("useful", "late", "wasted", "cancelled")
+    meaning = ("there when it was chosen", "chosen while on its way", "never chosen", "withdrawn before it was read")
+    rows = tuple(
+        (f"{kind}: {what}", f"{found[kind]:,}", _percent(found[kind] / found["issued"], 0))
+        for kind, what in zip(kinds, meaning, strict=True)
+    )
+    notes = (
+        f"Of what would have been missing {_percent(found['recall'], 0)} was asked for ahead; of what was read ahead "
+        f"{_percent(found['precision'], 0)} was wanted.",
+        f"Wasted: {format_bytes(found['wasted_bytes'])}, {_percent(found['wasted_share'], 0)} of all that was read.",
+    )
+    columns = (f"{found['issued']:,} guesses", "count", "share")
+    return Section("Prefetch", tuple(lines), Table(columns, rows), notes=notes)
+
+
+def _experts(report: Report) -> list[Section]:
+    requests, resident = report["experts"]["requests"], report["experts"]["resident"]
+    if not any(map(any, requests)):
+        return []
+    highest = max(map(max, requests))
+    values = tuple(tuple(count / highest for count in layer) for layer in requests)
+    marked = tuple(frozenset(layer) for layer in resident) if resident else (frozenset(),) * len(values)
+    unused = sum(count == 0 for layer in requests for count in layer)
+    where = "; underlined or framed: in a slot at the end" if resident else ""
+    line = f"Requests for each expert, the highest {highest:,}; {unused:,} experts were never asked for{where}."
+    return [Section("Use of the experts", (line,), heat=HeatMap(values, marked, "layer", "expert"))]
+
+
+def _replayed(what_if: Mapping[str, Any]) -> str:
+    return (
+        f"The routing of the latest {what_if['tokens']:,} tokens, replayed after {what_if['warmup_tokens']:,} of "
+        "warm-up; hits without prefetch."
+    )
+
+
+def _policies(report: Report) -> list[Section]:
+    what_if = report["what_if"]
+    if what_if is None:
+        return []
+    present, best = what_if["policies"][0], what_if["policies"][-1]
+    rows = [
+        (
+            f"{s['policy']} (optimum)" if s is best else s["policy"],
+            _percent(s["hit_rate"]),
+            "" if s is present else f"{100 * (s['hit_rate'] - present['hit_rate']):+.1f}",
+            f"{s['tokens_per_second']:.1f}",
+            "" if s is present else f"{s['tokens_per_second'] / present['tokens_per_second'] - 1:+.0%}",
+        )
+        for s in what_if["policies"]
+    ]
+    columns = (f"policy, {present['slots']:,} slots", "hits", "points", "tokens/s", "")
+    return [Section("Beside other policies", (_replayed(what_if),), Table(columns, tuple(rows), strong=0))]
+
+
+def _budgets(report: Report) -> list[Section]:
+    what_if = report["what_if"]
+    if what_if is None:
+        return []
+    settings = what_if["budgets"]
+    at = next(i for i, setting in enumerate(settings) if setting["present"])
+    now = settings[at]["tokens_per_second"]
+    rows = [
+        (
+            f"--ram {as_option(s['ram_budget_bytes'])}" if s["ram_budget_bytes"] else "",
+            f"{s['slots']:,}",
+            _percent(s["hit_rate"]),
+            _percent(1 - s["hit_rate"]),
+            f"{s['tokens_per_second']:.1f}",
+            "now" if s["present"] else f"{s['tokens_per_second'] / now - 1:+.0%}",
+        )
+        for s in settings
+    ]
+    bars: tuple[Bar, ...] = tuple((("hit", s["hit_rate"]), ("miss", 1 - s["hit_rate"])) for s in settings)
+    choice = worthwhile(report)
+    error = what_if["predicted"] / what_if["measured"] - 1
+    notes = (
+        f"{choice[0].upper()}{choice[1:]}." if choice else "No larger budget would gain a tenth.",
+        f"The model behind this gives {what_if['predicted']:.1f} tokens/s for the present setting, measured were "
+        f"{what_if['measured']:.1f} ({error:+.0%}); the others are corrected by that.",
+    )
+    columns = ("budget", "slots", "hits", "misses", "tokens/s", "")
+    return [
+        Section("Other budgets", (_replayed(what_if),), Table(columns, tuple(rows), bars, strong=at), notes=notes),
+    ]
+
+
+def _setup(report: Report) -> Section:
+    memory, settings = report["memory"], report["settings"]
+    parts = [
+        f"{name} {format_bytes(memory[f'{name}_bytes'])}" for name in ("budget", "peak") if memory[f"{name}_bytes"]
+    ]
+    named = [f"{name} {settings[name]}" for name in ("codec", "policy", "io", "kernels") if settings[name]]
+    lines = [f"memory of the process: {', '.join(parts)}"] if parts else []
+    return Section("Setup", (*lines, *([", ".join(named)] if named else [])))
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _rate(rate: float | None) -> str:
+    if rate is None:
+        return "- tokens/s"
+    return f"{rate:,.0f} tokens/s" if rate >= 100 else f"{rate:.1f} tokens/s"
+
+
+def _time_of(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:,.0f} s"
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "-" if share is None else f"{share * 100:.{digits}f} %"
+
+
+def printable(text: str) -> str:
+    """`text` on one line without control characters: names come from files."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,303 @@
+"""The report: its data, its verdict, and the same sections as text and as HTML."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from fakes_run import COSTS, DISK, EXPERTS, LAYERS, RECORD, a_run
+from pocketmoe.cache.expert import ExpertId, Lookup
+from pocketmoe.cache.report import report
+from pocketmoe.cache.report_html import as_html
+from pocketmoe.cache.report_text import as_text
+from pocketmoe.cache.sections import HeatMap, Section, sections, summary
+from pocketmoe.cache.stats import RunStats
+
+EVIL = "</script><img src=x onerror=alert(1)>\x1b[2J\n\"'&"
+
+
+def with_prefetch(run: RunStats) -> RunStats:
+    for layer in run.per_layer:
+        layer.prefetch_issued, layer.prefetch_useful, layer.prefetch_late = 100, 40, 30
+        layer.prefetch_wasted, layer.prefetch_cancelled = 20, 10
+    return run
+
+
+def wide_run(layers: int, experts: int) -> RunStats:
+    """Every expert of each layer once, the first one ten times."""
+    run = RunStats(layers, RECORD, slots=layers, total_experts=layers * experts)
+    for layer in range(layers):
+        everybody = tuple(ExpertId(layer, i) for i in range(experts))
+        run.record(layer, Lookup(everybody, ()))
+        for _ in range(9):
+            run.record(layer, Lookup(everybody[:1], ()))
+    run.residents = [ExpertId(layer, 1) for layer in range(layers)]
+    return run
+
+
+def shape(data: Any) -> Any:
+    """Names and types of nested data; a list is shown by its first element."""
+    if isinstance(data, dict):
+        return {name: shape(value) for name, value in data.items()}
+    if isinstance(data, list):
+        return [shape(data[0])] if data else []
+    return type(data).__name__
+
+
+def test_the_data_has_the_shape_of_version_1():
+    """Whoever reads the JSON relies on it: a change of meaning needs a new version, new names do not."""
+    layer = dict.fromkeys(("requests", "hits", "prefetch_hits", "late", "misses"), "int")
+    setting = {"policy": "str", "slots": "int", "ram_budget_bytes": "int", "hit_rate": "float"}
+    setting |= {"tokens_per_second": "float", "present": "bool"}
+    run = with_prefetch(a_run(1000))
+    run.peak_rss_bytes = 10**9
+    assert shape(report(run, DISK)) == {
+        "format": "str",
+        "version": "int",
+        "model": "str",
+        "store": "NoneType",
+        "settings": {"codec": "str", "policy": "str", "io": "str", "kernels": "NoneType", "prefetch": "NoneType"},
+        "memory": {"budget_bytes": "int", "peak_bytes": "int"},
+        "sample": {
+            **dict.fromkeys(("prompts", "prompt_tokens", "answer_tokens", "first_reads", "enough_tokens"), "int"),
+            "enough": "bool",
+        },
+        "speed": {
+            **dict.fromkeys(("tokens_per_second", "prompt_tokens_per_second", "time_to_first_token_s"), "float"),
+            "hit_rate": "float",
+            "finish_reason": "str",
+        },
+        "time_per_token": {"seconds": "float", "parts": [{"name": "str", "seconds": "float", "share": "float"}]},
+        "links": [
+            {
+                "name": "str",
+                **dict.fromkeys(("bytes", "on_demand", "ahead"), "int"),
+                **dict.fromkeys(("bytes_per_token", "busy_s", "busy_share", "in_flight"), "float"),
+                **dict.fromkeys(("bytes_per_s", "peak_bytes_per_s", "use"), "float"),
+            }
+        ],
+        "tiers": [
+            {
+                "name": "str",
+                **dict.fromkeys(("slots", "experts", "record_bytes"), "int"),
+                **layer,
+                "hit_rate": "float",
+                "per_layer": [layer],
+            }
+        ],
+        "prefetch": {
+            "state": "NoneType",
+            **dict.fromkeys(("issued", "useful", "late", "wasted", "cancelled", "wasted_bytes"), "int"),
+            **dict.fromkeys(("precision", "recall", "wasted_share"), "float"),
+        },
+        "experts": {"requests": [["int"]], "resident": [["int"]]},
+        "what_if": {
+            **dict.fromkeys(("tokens", "warmup_tokens"), "int"),
+            **dict.fromkeys(("measured", "predicted"), "float"),
+            "policies": [setting],
+            "budgets": [setting],
+        },
+        "bound_by": "str",
+        "verdict": "str",
+    }
+    data = report(run, DISK)
+    assert (data["format"], data["version"]) == ("pocketmoe-report", 1)
+    assert [part["name"] for part in data["time_per_token"]["parts"]] == [
+        "waiting",
+        "experts",
+        "cache",
+        "trunk",
+        "text",
+    ]
+    json.dumps(data, allow_nan=False)
+
+
+def test_the_parts_of_a_tokens_time_add_up_to_the_wall():
+    run = a_run(300)
+    split = report(run, replays=False)["time_per_token"]
+    assert split["seconds"] == pytest.approx(run.answer.seconds / run.answer.steps)
+    assert sum(part["seconds"] for part in split["parts"]) == pytest.approx(split["seconds"])
+    assert sum(part["share"] for part in split["parts"]) == pytest.approx(1)
+    assert min(part["seconds"] for part in split["parts"]) >= 0
+
+
+def test_a_links_use_is_its_speed_while_busy_beside_the_measured_peak():
+    (link,) = report(a_run(), DISK, replays=False)["links"]
+    assert link["bytes_per_s"] == pytest.approx(RECORD / COSTS.read)
+    assert link["use"] == pytest.approx(RECORD / COSTS.read / DISK.bytes_per_s)
+    (unmeasured,) = report(a_run(), replays=False)["links"]
+    assert unmeasured["peak_bytes_per_s"] is unmeasured["use"] is None
+    assert "The peak was not measured" in as_text(sections(report(a_run(), replays=False)), width=120)
+
+
+@pytest.mark.parametrize(
+    ("options", "bound_by", "words"),
+    [
+        ({"tokens": 199}, None, ("Not enough data", "199 tokens", "200")),
+        ({}, "disk", ("The disk is the limit", "1.0 GB/s", "--ram 1060MB (+12 MB)", "tokens/s (+")),
+        ({"slots": 64}, "compute", ("Compute is the limit", "3% of a token's time is waiting", "48% goes into")),
+        ({"skew": 0.3, "policy": "lfu", "slots": 12}, "disk", ("--ram",)),
+        ({"skew": 2.0, "policy": "fifo"}, "policy", ("fifo hits", "--policy lru")),
+    ],
+)
+def test_the_verdict_names_what_bounds_the_speed_and_what_to_do(options, bound_by, words):
+    costs = COSTS._replace(read=0.006) if bound_by == "policy" else COSTS
+    found = report(a_run(**options, costs=costs), DISK)
+    assert found["bound_by"] == bound_by, found["verdict"]
+    for word in words:
+        assert word in found["verdict"]
+    assert found["verdict"].endswith(".")
+    assert "\n" not in found["verdict"]
+
+
+def test_a_link_far_below_its_peak_is_blamed_for_late_reads():
+    found = report(a_run(), DISK._replace(bytes_per_s=4e9))
+    assert found["bound_by"] == "latency"
+    assert "Late reads" in found["verdict"]
+    assert "of the 4.0 GB/s that it can give" in found["verdict"]
+
+
+def test_below_200_tokens_nothing_is_replayed_and_the_counts_are_shown_all_the_same():
+    text = as_text(sections(report(a_run(100), DISK)))
+    assert "Not enough data" in text
+    assert "Other budgets" not in text
+    assert "Counted: 100 tokens of 1 answer, 10 of prompts" in text
+
+
+def test_an_empty_run_still_prints():
+    for run in (RunStats(3), RunStats(1, slots=0, total_experts=0)):
+        found = report(run)
+        json.dumps(found, allow_nan=False)
+        assert "Not enough data" in as_text(sections(found))
+        assert "Not enough data" in as_html(sections(found))
+
+
+def test_the_text_fits_into_80_columns_and_has_no_escape_codes_unless_colours_are_asked_for():
+    for run in (with_prefetch(a_run()), wide_run(60, 256)):
+        text = as_text(sections(report(run, DISK)))
+        assert max(map(len, text.splitlines())) <= 80
+        assert "\x1b" not in text
+        plain = as_text(sections(report(run, DISK)), ascii_only=True)
+        assert plain.isascii()
+        assert "\x1b[" in as_text(sections(report(run, DISK)), colour=True)
+
+
+def test_the_text_has_every_block():
+    text = as_text(sections(report(with_prefetch(a_run()), DISK)), width=120)
+    for title in (
+        "fake",
+        "Where the time of an answer goes",
+        "Links",
+        "Hits in RAM, by layer",
+        "Prefetch",
+        "Use of the experts",
+        "Beside other policies",
+        "Other budgets",
+        "Setup",
+    ):
+        assert f"\n{title}\n" in "\n" + text
+    for fact in (
+        "disk to RAM",
+        "belady (optimum)",
+        "useful: there when it was chosen           160   40 %",
+        "Wasted: 160 MB",
+        "measured",
+        "24 of 64 experts fit (38%, 48 MB)",
+        "after 200 of warm-up",
+        "warm-up included: 64 of",
+    ):
+        assert fact in text
+    assert "now" in text
+
+
+def test_the_summary_is_its_head_and_needs_no_replay():
+    found = report(a_run(), replays=False)
+    assert found["what_if"] is None
+    head = as_text(summary(found))
+    assert as_text(sections(found)).startswith(head)
+    assert a_run().summary() == head
+    assert "Other budgets" in a_run().report()
+
+
+def test_bars_of_layers_are_as_long_as_their_shares():
+    lines = as_text(sections(report(a_run(), DISK)), width=120).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("Hits in RAM"))
+    bars = [line for line in lines[start:] if "█" in line and line.split()[0].isdigit()]
+    assert len(bars) == LAYERS
+    for line in bars:
+        hit = float(line.split()[1])
+        assert line.count("█") == pytest.approx(hit / 100 * 40, abs=1)
+        assert sum(map(line.count, "█▓▒░")) == 40
+
+
+def test_many_layers_share_rows_and_many_experts_share_cells():
+    found = sections(report(wide_run(60, 256), replays=False))
+    layers = next(s for s in found if s.title.startswith("Hits"))
+    assert layers.table is not None
+    assert [row[0] for row in layers.table.rows][:2] == ["0-2", "3-5"]
+    text = as_text(found)
+    assert "a character stands for 4 experts" in text
+    row = next(line for line in text.splitlines() if line.strip().startswith("0 @"))
+    assert row.split()[1] == "@" + 63 * "."
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parsed(html: str) -> _Page:
+    page = _Page()
+    page.feed(html)
+    return page
+
+
+def test_names_are_text_in_every_form_never_markup_or_controls():
+    run = a_run()
+    run.model = run.codec = run.io = run.kernels = run.prefetch = EVIL
+    html = as_html(sections(report(run, DISK)))
+    page = parsed(html)
+    assert not {"script", "img"} & set(page.tags)
+    assert "</script><img src=x onerror=alert(1)> [2J" in page.text, "it is shown as it is, but for the controls"
+    assert "\x1b" not in html
+    text = as_text(sections(report(run, DISK)))
+    assert "\x1b" not in text
+    assert text.splitlines()[0].startswith("</script>")
+    assert "[bold]" in as_text([Section("[bold]x[/bold]")])
+
+
+def test_the_page_asks_for_nothing_from_anywhere_and_forbids_it():
+    html = as_html(sections(report(with_prefetch(a_run()), DISK)))
+    page = parsed(html)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
+    assert not {"script", "link", "img", "iframe", "object", "form", "base"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href") or name.startswith("on")]
+    assert "url(" not in html
+    assert "http:" not in html
+    assert "https:" not in html
+    assert page.tags.count("table") == 6
+
+
+def test_the_map_of_a_large_model_stays_small_and_frames_who_is_resident():
+    html = as_html(sections(report(wide_run(48, 128), replays=False)))
+    assert len(html) < 150_000
+    page = parsed(html)
+    drawn = [value or "" for name, value in page.attributes if name == "d"]
+    assert sum(path.count("M") for path in drawn[:-1]) == 48 * 128
+    assert drawn[-1].count("M") == 48
+    heat = next(s.heat for s in sections(report(wide_run(2, EXPERTS), replays=False)) if s.heat)
+    assert isinstance(heat, HeatMap)
+    assert heat.values[0][:2] == (1.0, 0.1)
+    assert heat.marked == (frozenset({1}),) * 2
