@@ -12,26 +12,18 @@ import threading
 
 import pytest
 import torch
+from experts import ACTIVATIONS, CODECS, SILU, inner, inner_error, nearest_mxfp4, project, random_expert
 from pocketmoe.quant import int4, int8, mxfp4, native, native_build
-from pocketmoe.quant.activations import Activation, apply
-from pocketmoe.quant.codecs import ExpertShape, decode_expert, encode_expert, get_codec, record_layout
+from pocketmoe.quant.activations import Activation
+from pocketmoe.quant.codecs import ExpertShape, encode_expert, get_codec, record_layout
 from pocketmoe.quant.int4 import Int4Format
 from pocketmoe.quant.int8 import Int8Format
 from pocketmoe.quant.kernels import ExpertJob
 from pocketmoe.quant.mxfp4 import Mxfp4Format
 from pocketmoe.quant.native import PackedFormat
 
-SILU = Activation("silu")
-ACTIVATIONS = [
-    SILU,
-    Activation("silu_clamp", limit=0.9),
-    Activation("gpt_oss", alpha=1.702, limit=0.8),
-    Activation("gelu_tanh"),
-    Activation("relu2"),
-]
 FORMATS = [*(Int4Format(group, symmetric) for group in int4.GROUPS for symmetric in (True, False))]
 FORMATS = [*FORMATS, *(Int8Format(group) for group in int4.GROUPS), Mxfp4Format()]
-CODECS = [*(f"int4-g{group}{suffix}" for group in int4.GROUPS for suffix in ("", "-asym")), "mxfp4"]
 
 
 @pytest.fixture(scope="session")
@@ -60,15 +52,6 @@ def pool(library: native.NativeLibrary, isa: str):
     pool = native.NativePool(2, isa, library)
     yield pool
     pool.close()
-
-
-def nearest_mxfp4(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix near `weight` that MXFP4 holds."""
-    groups = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
-    step = 2.0 ** (groups.abs().amax(-1, keepdim=True).log2().floor() - 3)  # the largest becomes 8 to 16 steps
-    doubled = torch.tensor(mxfp4.DOUBLED[:8], dtype=torch.float32)
-    nearest = doubled[((groups / step).abs().unsqueeze(-1) - doubled).abs().argmin(-1)]
-    return (nearest * step).copysign(groups).flatten(1)[:, : weight.shape[1]]
 
 
 def packed_matrix(fmt: PackedFormat, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,53 +83,22 @@ def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return ungroup(values), ungroup(scale.double() / 2), ungroup(tie)
 
 
-def random_expert(codec: str, shape: ExpertShape, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A record and the weights it stands for, float64."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {name: torch.randn(size, generator=generator) for name, size in shape.parts().items()}
-    weights = {name: w / math.sqrt(w.shape[-1]) if w.dim() == 2 else w * 0.3 for name, w in weights.items()}
-    if codec == "mxfp4":
-        weights = {name: nearest_mxfp4(w) if w.dim() == 2 else w for name, w in weights.items()}
-    layout = record_layout(get_codec(codec), shape)
-    record = encode_expert(get_codec(codec), layout, weights)
-    return record, {name: w.double() for name, w in decode_expert(get_codec(codec), layout, record).items()}
-
-
 def expert_reference(
     weights: dict[str, torch.Tensor], activation: Activation, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """For rows x: the emulated result and its tolerance, the float result and the bound of int8 rounding's effect."""
 
-    def project(name: str, x: torch.Tensor) -> torch.Tensor:
-        return x @ weights[name].T + weights.get(f"{name}_bias", 0.0)
-
-    def inner(x: torch.Tensor) -> torch.Tensor:
-        gate = project("gate_proj", x) if activation.has_gate else None
-        return apply(activation, gate, project("up_proj", x))
-
     down = weights["down_proj"].abs().T
     x_int8, x_step, _ = quantized(x)
-    hidden = inner(x_int8)
+    hidden = inner(weights, activation, x_int8)
     hidden_int8, hidden_step, tie = quantized(hidden)
-    emulated = project("down_proj", hidden_int8)
+    emulated = project(weights, "down_proj", hidden_int8)
     # float32 instead of float64 may move a value across a tie: one whole step of that value.
     tolerance = 1e-5 * emulated.abs().amax(1, keepdim=True) + (2 * hidden_step * (tie < 2e-3)) @ down
-
-    exact_hidden = inner(x.double())
-    up, up_error = project("up_proj", x.double()), x_step @ weights["up_proj"].abs().T
-    if activation.has_gate:
-        # Every gate function here has a slope of at most 1.13; clamps have at most 1.
-        gate_error = 1.13 * x_step @ weights["gate_proj"].abs().T
-        gate = apply(
-            activation._replace(limit=max(activation.limit, 1.0)), project("gate_proj", x.double()), torch.ones_like(up)
-        )
-        factor = up.abs() + up_error + 1
-        hidden_error = gate_error * factor + (gate.abs() + gate_error) * up_error
-    else:
-        hidden_error = 2 * up.abs() * up_error + up_error**2
+    exact = project(weights, "down_proj", inner(weights, activation, x.double()))
     # The step of the quantised hidden values is known from the emulation; their error adds to the rounding.
-    bound = (hidden_error + hidden_step * 1.01) @ down + tolerance
-    return emulated, tolerance, project("down_proj", exact_hidden), bound
+    bound = (inner_error(weights, activation, x.double(), x_step) + hidden_step * 1.01) @ down + tolerance
+    return emulated, tolerance, exact, bound
 
 
 def make_kernels(
