@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import ceil, inf
 from typing import NamedTuple, TypeVar
 
 from .expert import ExpertId
@@ -16,8 +16,8 @@ from .forecast import expected_wait, faded
 
 MOST_UPLOADS = 2
 """Uploads per layer and token that nobody waits for."""
-HORIZON = 24.0
-"""Tokens for which the difference between two experts' uses is believed to last."""
+HORIZON = 32.0
+"""Tokens for which the difference between two experts' uses is believed to last (docs/notes/gpu-simulated.md)."""
 _MOST_RATIO = 4.0  # one page fault or a clock that has not risen yet says little
 Expert = TypeVar("Expert")
 
@@ -60,8 +60,8 @@ class TierCosts:
 
     @property
     def saving(self) -> float:
-        """Seconds that a hit saves: while CPU and link both work, misses are done at the sum of their speeds."""
-        copy, cpu = self.copy.each, self.cpu.each
+        """Seconds that a hit saves: the only miss of a layer, done at the sum of the speeds of CPU and link."""
+        copy, cpu = self.copy.of(1), self.cpu.of(1)
         miss = copy * cpu / (copy + cpu) if copy + cpu else 0.0
         return max(0.0, miss - self.gpu.each)
 
@@ -96,13 +96,21 @@ class Ends(NamedTuple):
 
 
 def ends(
-    hits: int, copied: int, on_cpu: int, costs: TierCosts, *, late: Sequence[float] = (), link_busy: float = 0.0
+    hits: int,
+    copied: int,
+    on_cpu: int,
+    costs: TierCosts,
+    *,
+    late: Sequence[float] = (),
+    link_busy: float = 0.0,
+    behind: float = 0.0,
 ) -> Ends:
     """When a layer's experts are done: the GPU computes the hits together, then each copy as it arrives.
 
     Args:
         late: of the experts besides whose copies were in flight before, seconds until each arrives, ascending.
         link_busy: seconds until the link is free of what was asked of it before.
+        behind: seconds of uploads that follow the copies.
     """
     one, gpu = costs.gpu.of(1), costs.gpu.of(hits)
     for arrival in late:
@@ -110,7 +118,7 @@ def ends(
     if copied:  # copies arrive evenly, so that the GPU waits longest for the first or for the last
         first, last = link_busy + costs.copy.of(1), link_busy + costs.copy.of(copied)
         gpu = max(max(gpu, first) + copied * one, last + one)
-    alone, copying = costs.cpu.of(on_cpu), link_busy + costs.copy.of(copied)
+    alone, copying = costs.cpu.of(on_cpu), link_busy + costs.copy.of(copied) + behind
     done_while_copying = copying * (1 - costs.cpu_slowdown)
     if alone <= done_while_copying:
         return Ends(gpu, alone / (1 - costs.cpu_slowdown))
@@ -208,12 +216,11 @@ def worth_admitting(gain: float, costs: TierCosts, *, copied: bool = False) -> b
     return gain > 0 and gain * costs.saving > price
 
 
-def upload_budget(costs: TierCosts, idle: float, most: int = MOST_UPLOADS) -> int:
-    """How many uploads a layer may start that nobody waits for.
+def upload_budget(costs: TierCosts, link_busy: float, most: int = MOST_UPLOADS) -> int:
+    """How many uploads that nobody waits for may be queued now: so many that less than one copy is before the last.
 
     Args:
-        idle: seconds that the link would otherwise idle, normally until the next layer's router has chosen. The last
-            upload may outlast it by less than half a copy.
+        link_busy: seconds until the link is free of what was asked of it before.
     """
     each = costs.copy.each
-    return most if each <= 0 else max(0, min(most, int(idle / each + 0.5)))
+    return most if each <= 0 else max(0, min(most, ceil(1 - link_busy / each)))

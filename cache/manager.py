@@ -146,10 +146,6 @@ class ExpertCache:
         (self._transient if transient else self._policy).insert(expert)
         return Admission(slot, victim)
 
-    def victim(self, layer: int) -> ExpertId | None:
-        """Who would leave for an admission to `layer` now; None while a slot is free, and when nobody may leave."""
-        return None if self._free else self._victim(layer)
-
     def next_victim(self, layer: int) -> ExpertId | None:
         """Who would leave for an admission to `layer` now: nobody while a slot is free, or where nobody may leave."""
         return None if self._free else self._victim(layer)

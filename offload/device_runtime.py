@@ -79,7 +79,6 @@ class DeviceRuntime:
         self.device, self.cache, self.slots, self.ram, self.kernels = device, cache, slots, ram, kernels
         self.costs, self.deterministic, self._learns, self._clock = costs, deterministic, learns, clock
         self._records = not isinstance(ram.recorder, NoRecorder)
-        self._layer_began, self._pace = 0.0, 0.0
         self.stats = DeviceStats(cache.layers, slots.record_bytes, cache.capacity)
         self.worth = Worth()
         self.uploads = Uploads(device, slots, ram.cache, ram.slots)
@@ -98,7 +97,6 @@ class DeviceRuntime:
     ) -> torch.Tensor:
         """The weighted sum of each token's experts; see `ExpertRuntime.run_layer`. All tensors are the device's."""
         ram, single = self.ram, hidden_states.shape[0] == 1
-        self._keep_pace(layer)
         guess = None
         if single and ram.predictor is not None and self.wants_guesses:
             guess = ram.predictor.predict(layer + 1)
@@ -125,13 +123,6 @@ class DeviceRuntime:
     def wants_guesses(self) -> bool:
         """Whether there is anything left to read ahead from disk."""
         return self.ram.wants_guesses
-
-    def _keep_pace(self, layer: int) -> None:
-        """How long a layer takes lately, from one to the next."""
-        now = self._clock()
-        if layer:
-            self._pace += 0.1 * (now - self._layer_began - self._pace)
-        self._layer_began = now
 
     def _step(self, layer: int, work: Assignment, hidden: torch.Tensor, on_host: torch.Tensor | None) -> _Step:
         self._kept = ()  # the device has caught up: `to_host` waited for it
@@ -188,7 +179,7 @@ class DeviceRuntime:
         copied, on_cpu = split_misses(hits, order, self.costs, link_busy=busy, most=self.cache.floor)
         self._stream(step, copied)
         self._on_cpu(step, on_cpu)
-        self._admit(step.layer, on_cpu, idle=self._pace - len(self.uploads) * self.costs.copy.each)
+        self._admit(step.layer, on_cpu)
 
     # The two ways to compute
 
@@ -251,9 +242,9 @@ class DeviceRuntime:
             for wave in waves:
                 self.cache.unlock(wave)
 
-    def _admit(self, layer: int, computed: Sequence[ExpertId], idle: float) -> None:
+    def _admit(self, layer: int, computed: Sequence[ExpertId]) -> None:
         """Bring up those of the experts that the CPU has computed which are worth more than who would leave."""
-        for expert in computed[: upload_budget(self.costs, idle)]:
+        for expert in computed[: upload_budget(self.costs, len(self.uploads) * self.costs.copy.each)]:
             gain = self.worth.gain(expert, self.cache.next_victim(layer))
             if worth_admitting(gain, self.costs):
                 self._bring(expert, transient=False)

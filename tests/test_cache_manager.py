@@ -69,11 +69,11 @@ def test_a_victims_slot_goes_to_the_admitted_expert():
 def test_the_victim_is_known_before_the_admission_that_makes_it_leave():
     cache = make(capacity=4)
     bring(cache, (0, 0), (0, 1), (1, 0))
-    assert cache.victim(0) is None  # a slot is free
+    assert cache.next_victim(0) is None  # a slot is free
     bring(cache, (0, 2))
-    assert cache.victim(1) == (0, 0)
+    assert cache.next_victim(1) == (0, 0)
     with cache.locked([ExpertId(0, 0)]):
-        assert cache.victim(1) == (0, 1) == evicted(cache.admit(ExpertId(1, 1)))
+        assert cache.next_victim(1) == (0, 1) == evicted(cache.admit(ExpertId(1, 1)))
 
 
 def test_an_admission_takes_no_other_layer_below_its_floor():

@@ -23,7 +23,7 @@ from pocketmoe.offload.transfer import SyncTransfers, ThreadedTransfers
 
 EVEN = TierCosts(copy=Cost(0.0, 1e-4), cpu=Cost(0.0, 1e-4), gpu=Cost(0.0, 1e-5))
 COPY_ONLY = replace(EVEN, cpu=Cost(1.0, 1.0))
-CPU_ONLY = replace(EVEN, copy=Cost(1.0, 1.0))
+CPU_ONLY = replace(EVEN, copy=Cost(1.0, 1.0), cpu_slowdown=0.5)
 ALL = LAYERS * EXPERTS
 
 

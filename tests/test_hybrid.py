@@ -130,6 +130,11 @@ def test_no_miss_is_no_work():
     assert ends(0, 0, 0, LAPTOP) == (0, 0)
 
 
+def test_uploads_behind_the_copies_slow_the_cpu_and_delay_no_copy():
+    costs = TierCosts(copy=Cost(0.0, 1.0), cpu=Cost(0.0, 1.0), gpu=FREE, cpu_slowdown=0.5)
+    assert ends(0, 1, 3, costs, behind=2.0) == (1, 4.5)
+
+
 def test_a_copy_slows_the_cpu_only_while_it_lasts():
     costs = TierCosts(copy=Cost(0.0, 1.0), cpu=Cost(0.0, 1.0), gpu=FREE, cpu_slowdown=0.5)
     assert ends(0, 0, 3, costs).cpu == 3
@@ -192,13 +197,7 @@ def test_nothing_is_admitted_where_a_hit_is_no_faster_than_a_miss():
     assert not worth_admitting(100.0, slow_gpu) and not worth_admitting(100.0, slow_gpu, copied=True)
 
 
-def test_uploads_are_as_many_as_the_idle_link_carries_and_never_many():
-    assert [upload_budget(LAPTOP, idle, most=3) for idle in (-1.0, 0.0, 0.4e-3, 0.6e-3, 1.6e-3, 1.0)] == [
-        0,
-        0,
-        0,
-        1,
-        2,
-        3,
-    ]
+def test_an_upload_is_queued_behind_less_than_one_copy_only():
+    assert [upload_budget(LAPTOP, busy) for busy in (0.0, 0.4e-3, 0.99e-3, 1e-3, 5e-3)] == [1, 1, 1, 0, 0]
     assert upload_budget(replace(LAPTOP, copy=FREE), 0.0, most=3) == 3
+    assert upload_budget(LAPTOP, 0.0, most=0) == 0

@@ -19,8 +19,9 @@ MOST_LINES = 400
 ORDER = {
     "quant": "int4 int8 mxfp4 codecs kernels native native_step triton_kernels linear",
     "cache": (
-        "expert units order published forecast hybrid policy manager trace history replay counters device_stats cost "
-        "advice verdict report sections report_text report_html stats"
+        "expert units order published forecast hybrid policy manager trace history replay counters "
+        "device_stats cost advice machine routing strategies simulate verdict report sections "
+        "report_text report_html stats"
     ),
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (
