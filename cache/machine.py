@@ -77,27 +77,19 @@ def _attention(hidden: int, heads: int, kv_heads: int, head: int) -> int:
 _LATENT = _int8((7168, 1536), (1536, 128 * 192), (7168, 576), (512, 128 * 256), (128 * 128, 7168))
 """Attention of DeepSeek-V3: queries through 1536, keys and values through 512 + 64, 128 heads of 128 + 64 and 128."""
 
+_GPT_OSS_20B = ModelShape(
+    "gpt-oss-20b",
+    24,
+    32,
+    4,
+    record=_record(2880, 2880, 4.25),  # MXFP4: an 8-bit scale for 32 codes
+    trunk=_attention(2880, 64, 8, 64),
+    dense=_int8((2880, 201_088)),
+    kv=12 * 2 * 8 * 64 * 2,  # every second layer looks back at 128 tokens only
+)
 _SHAPES = (
-    ModelShape(
-        "gpt-oss-20b",
-        24,
-        32,
-        4,
-        record=_record(2880, 2880, 4.25),  # MXFP4: an 8-bit scale for 32 codes
-        trunk=_attention(2880, 64, 8, 64),
-        dense=_int8((2880, 201_088)),
-        kv=12 * 2 * 8 * 64 * 2,  # every second layer looks back at 128 tokens only
-    ),
-    ModelShape(
-        "gpt-oss-120b",
-        36,
-        128,
-        4,
-        record=_record(2880, 2880, 4.25),
-        trunk=_attention(2880, 64, 8, 64),
-        dense=_int8((2880, 201_088)),
-        kv=18 * 2 * 8 * 64 * 2,
-    ),
+    _GPT_OSS_20B,
+    _GPT_OSS_20B._replace(name="gpt-oss-120b", layers=36, experts=128, kv=18 * 2 * 8 * 64 * 2),
     ModelShape(
         "qwen3-30b-a3b",
         48,

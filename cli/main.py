@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .chat import chat
 from .command import command_of
 from .console import prepare_streams
@@ -45,7 +46,7 @@ def _pocketmoe(
     pass
 
 
-for _function in (chat, run, demo, convert, verify, stats, replay):
+for _function in (chat, run, demo, convert, verify, stats, replay, bench):
     app.command()(command_of(_function))
 
 

@@ -1,0 +1,111 @@
+"""`pocketmoe bench --simulate`, called as typer calls it, and once as a process to see that it never loads torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pocketmoe.cache.machine import LINKS, MACHINES
+from pocketmoe.cache.strategies import strategy_names
+from pocketmoe.cli.main import app
+from test_simulate import trace_of
+from typer.testing import CliRunner, Result
+
+
+def invoke(*args: object) -> Result:
+    return CliRunner().invoke(app, ["bench", *map(str, args)])
+
+
+def simulated(*args: object) -> dict:
+    result = invoke("--simulate", "--tokens", "10", "--json", *args)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """4 sequences of 2 layers x 4 experts, as another program may have written them."""
+    import numpy as np
+
+    made = trace_of([3, 4, 5, 6])
+    np.savez(tmp_path / "run.npz", experts=made.experts, seq=made.seq)
+    return tmp_path / "run.npz"
+
+
+def test_the_table_has_every_strategy_and_says_that_it_is_simulated():
+    result = invoke("--simulate", "--tokens", "10")
+    assert result.exit_code == 0, result.stderr
+    assert "simulated, not measured: gpt-oss-20b on laptop-8gb" in result.stderr
+    assert "made-up routing, 10 tokens of 1 sequences" in result.stderr
+    assert "tokens/s, simulated" in result.stdout
+    first = [line.split()[0] for line in result.stdout.splitlines() if line.split()]
+    assert [word for word in first if word in strategy_names()] == list(strategy_names())
+
+
+def test_json_has_a_result_for_each_link_and_strategy():
+    data = simulated("--link", "all")
+    assert data["simulated"] is True and data["model"] == "gpt-oss-20b"
+    assert [(r["link"], r["strategy"]) for r in data["results"]] == [(li, s) for li in LINKS for s in strategy_names()]
+    for result in data["results"]:
+        assert result["requests"] == 10 * 24 * 4
+        assert result["hit_rate"] == result["hits"] / result["requests"]
+        assert result["simulated_tokens_per_second"] > 0
+
+
+def test_every_preset_machine_runs_and_options_change_it():
+    for name in MACHINES:
+        assert simulated("--machine", name)["machine"]["name"] == name
+    data = simulated("--vram", "6GiB", "--ram", "24GB", "--cpu-bandwidth", "50GB/s", "--gpu-bandwidth", "300GB")
+    machine = data["machine"]
+    assert (machine["vram"], machine["ram"], machine["ram_bandwidth"]) == (6 * 2**30, 24 * 10**9, 50 * 10**9)
+    assert data["vram_slots"] < simulated()["vram_slots"]
+
+
+def test_a_small_ram_reads_from_disk():
+    data = simulated("gpt-oss-120b", "--machine", "desktop-24gb", "--ram", "32GiB")
+    assert all(result["from_disk"] > 0 for result in data["results"])
+
+
+def test_prefetch_and_a_gpu_that_finds_its_hits_reach_the_simulation():
+    assert simulated("--recall", "0.9")["prefetch_recall"] == 0.9
+    hybrid = [simulated(*option)["results"][-1] for option in ((), ("--gpu-finds-hits",))]
+    assert hybrid[1]["simulated_tokens_per_second"] > hybrid[0]["simulated_tokens_per_second"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "sentence"),
+    [
+        ([], 2, "add --simulate"),
+        (["gpt-oss-20", "--simulate"], 2, "did you mean 'gpt-oss-20b'?"),
+        (["--simulate", "--machine", "laptop"], 2, "unknown machine 'laptop'"),
+        (["--simulate", "--link", "pcie4x8,agp"], 2, "--link: 'agp' is not a link: write pcie3, pcie4 or pcie5"),
+        (["--simulate", "--vram", "much"], 2, "--vram: 'much' is not an amount of memory"),
+        (["--simulate", "--vram", "2GiB"], 4, "needs 96 slots"),
+        (["deepseek-v3", "--simulate"], 4, "of VRAM leave 0 slots"),
+        (["--simulate", "--trace", "absent.npz"], 3, "absent.npz can not be read: No such file"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, code, sentence):
+    result = invoke(*options)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert sentence in result.stderr
+
+
+def test_a_trace_of_another_shape_is_refused(trace):
+    result = invoke("--simulate", "--trace", trace)
+    assert result.exit_code == 3
+    assert "has 2 layers x 4 experts, but gpt-oss-20b has 24 x 32" in result.stderr
+
+
+def test_bench_never_imports_torch():
+    program = (
+        "import sys\nfrom pocketmoe.cli.main import main\n"
+        "try:\n    main()\nfinally:\n    print(*sorted({'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", program, "bench", "--simulate", "--tokens", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "hybrid" in result.stdout
+    assert result.stderr.splitlines()[-1] == ""
