@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -22,7 +23,7 @@ import xxhash
 
 from ..cache.units import format_bytes
 from ..quant.codecs import RECORD_ALIGNMENT, Codec, encode_expert, get_codec, record_layout
-from ..quant.int4 import round_up
+from ..quant.int4 import MapPieces, round_up
 from ..quant.linear import matrix_format
 from .config import KEEP, default_trunk
 from .convert_memory import require_memory
@@ -83,7 +84,7 @@ def convert(
             require_memory(source, trunk, ram)
         writer = _Writer(source, chosen, partial, identity, on_progress or (lambda _: None), on_notice)
         try:
-            with _one_thread():
+            with _threads_for_pieces() as writer.map_pieces:
                 writer.run()
             if dest.is_dir():
                 dest.rmdir()  # an empty directory that was there before
@@ -139,12 +140,14 @@ def _is_finished(dest: Path, identity: dict[str, Any], on_notice: OnNotice) -> b
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Quantising is many small steps: two threads were half as fast as one here, and far slower on a busy machine."""
+def _threads_for_pieces() -> Iterator[MapPieces]:
+    """As many threads as torch has, each with a piece of a matrix of its own: torch's would share each of many small
+    steps, which was half as fast on two threads as on one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool.map
     finally:
         torch.set_num_threads(threads)
 
@@ -181,6 +184,7 @@ class _Writer:
     ) -> None:
         self.source, self.codec, self.partial, self.identity = source, codec, partial, identity
         self.on_progress, self.on_notice = on_progress, on_notice
+        self.map_pieces: MapPieces = map
         self.layers = source.layers()
         self.layouts = [record_layout(codec, layer.shape) for layer in self.layers]
         self.record_bytes = max(layout.nbytes for layout in self.layouts)
@@ -210,7 +214,7 @@ class _Writer:
         packed: dict[str, PackedEntry] = {}
         tensors = self.source.trunk()
         if self.identity["trunk"] != KEEP:
-            tensors = pack_trunk(tensors, self.source.packable(), self.identity["trunk"], packed)
+            tensors = pack_trunk(tensors, self.source.packable(), self.identity["trunk"], packed, self.map_pieces)
         trunk_bytes = write_trunk(self.partial / TRUNK, tensors, self.on_progress)
         others = sorted(file for file in self.partial.iterdir() if file.name not in kept)
         manifest = Manifest(
@@ -308,7 +312,8 @@ class _Writer:
 
     def _encode(self, layer: int, index: int) -> torch.Tensor:
         try:
-            record = encode_expert(self.codec, self.layouts[layer], self.source.expert(layer, index))
+            weights = self.source.expert(layer, index)
+            record = encode_expert(self.codec, self.layouts[layer], weights, self.map_pieces)
         except ValueError as error:
             raise DataError(f"{self.source.name}: expert {index} of {self.layers[layer].name}: {error}") from None
         if record.numel() < self.record_bytes:

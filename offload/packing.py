@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from ..quant.int4 import MapPieces
 from ..quant.linear import PackedMatrix, matrix_format
 from .errors import DataError
 
@@ -47,14 +48,22 @@ def packable_names(skeleton: Skeleton) -> set[str]:
 
 
 def pack_trunk(
-    tensors: Iterator[tuple[str, torch.Tensor]], names: set[str], fmt: str, packed: dict[str, PackedEntry]
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    names: set[str],
+    fmt: str,
+    packed: dict[str, PackedEntry],
+    run: MapPieces = map,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pack the tensors of `names`, pass the others through, and enter what was packed into `packed`."""
+    """Pack the tensors of `names`, pass the others through, and enter what was packed into `packed`.
+
+    Args:
+        run: what packs the pieces of a tensor, `map` or a pool's.
+    """
     chosen = matrix_format(fmt)
     for name, tensor in tensors:
         if name in names:
             try:
-                matrix = PackedMatrix.pack(tensor, chosen)
+                matrix = PackedMatrix.pack(tensor, chosen, run)
             except ValueError as error:
                 raise DataError(f"trunk tensor {name}: {error}") from None
             packed[name] = PackedEntry(fmt, matrix.rows, matrix.cols)

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from . import int4, mxfp4
-from .int4 import Int4Matrix
+from .int4 import Int4Matrix, MapPieces
 from .mxfp4 import Mxfp4Format, Mxfp4Matrix
 
 RECORD_ALIGNMENT = 4096
@@ -74,7 +74,7 @@ class Codec(Protocol):
         """Bytes of one encoded tensor; biases (1-D) are float32 in every codec."""
         ...
 
-    def encode_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+    def encode_matrix(self, weight: torch.Tensor, run: MapPieces = map) -> torch.Tensor:
         """A matrix [out, in] as uint8 [part_nbytes]. Raises ValueError when it is not finite in this format."""
         ...
 
@@ -97,8 +97,11 @@ class Int4Codec:
     def part_nbytes(self, shape: tuple[int, ...]) -> int:
         return self.fmt.nbytes(*shape) if len(shape) == 2 else shape[0] * 4
 
-    def encode_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return torch.cat([int4.pack(*int4.quantize(part, self.fmt), self.fmt) for part in int4.row_pieces(weight)])
+    def encode_matrix(self, weight: torch.Tensor, run: MapPieces = map) -> torch.Tensor:
+        def encode(part: torch.Tensor) -> torch.Tensor:
+            return int4.pack(*int4.quantize(part, self.fmt), self.fmt)
+
+        return torch.cat(list(run(encode, int4.row_pieces(weight))))
 
     def decode_matrix(self, data: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
         return int4.dequantize(data, *shape, self.fmt, dtype)
@@ -115,7 +118,7 @@ class Mxfp4Codec:
     def part_nbytes(self, shape: tuple[int, ...]) -> int:
         return self.fmt.nbytes(*shape) if len(shape) == 2 else shape[0] * 4
 
-    def encode_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+    def encode_matrix(self, weight: torch.Tensor, run: MapPieces = map) -> torch.Tensor:
         return mxfp4.pack(mxfp4.quantize(weight))
 
     def decode_matrix(self, data: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -133,7 +136,7 @@ class RawCodec:
     def part_nbytes(self, shape: tuple[int, ...]) -> int:
         return shape[0] * shape[1] * self.dtype.itemsize if len(shape) == 2 else shape[0] * 4
 
-    def encode_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+    def encode_matrix(self, weight: torch.Tensor, run: MapPieces = map) -> torch.Tensor:
         kept = weight.to(self.dtype)
         if not int4.is_finite(kept):
             raise ValueError(f"matrix of shape {tuple(weight.shape)} holds NaN or infinity as {self.name}")
@@ -182,8 +185,13 @@ def record_layout(codec: Codec, shape: ExpertShape) -> RecordLayout:
     return RecordLayout(parts, int4.round_up(offset, RECORD_ALIGNMENT))
 
 
-def encode_expert(codec: Codec, layout: RecordLayout, weights: Mapping[str, Weight]) -> torch.Tensor:
+def encode_expert(
+    codec: Codec, layout: RecordLayout, weights: Mapping[str, Weight], run: MapPieces = map
+) -> torch.Tensor:
     """One expert's tensors as a record, uint8 [layout.nbytes].
+
+    Args:
+        run: what encodes the pieces of a matrix, `map` or a pool's.
 
     Raises:
         ValueError: a tensor is missing, unknown, of the wrong shape, or none that the codec can hold; the message
@@ -197,21 +205,21 @@ def encode_expert(codec: Codec, layout: RecordLayout, weights: Mapping[str, Weig
         if tuple(tensor.shape) != part.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {part.shape}")
         try:
-            data = _encode(codec, tensor)
+            data = _encode(codec, tensor, run)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         record[part.offset : part.offset + part.nbytes] = data
     return record
 
 
-def _encode(codec: Codec, weight: Weight) -> torch.Tensor:
+def _encode(codec: Codec, weight: Weight, run: MapPieces) -> torch.Tensor:
     if isinstance(weight, Mxfp4Matrix) and isinstance(codec, Mxfp4Codec):
         return mxfp4.pack(weight)
     if isinstance(weight, Int4Matrix) and isinstance(codec, Int4Codec) and codec.fmt in _holding(weight.format):
         return int4.repack(weight, codec.fmt)
     if not isinstance(weight, torch.Tensor):
         weight = weight.dequantize()
-    return weight.float().contiguous().view(torch.uint8) if weight.dim() == 1 else codec.encode_matrix(weight)
+    return weight.float().contiguous().view(torch.uint8) if weight.dim() == 1 else codec.encode_matrix(weight, run)
 
 
 def _holding(fmt: int4.Int4Format) -> tuple[int4.Int4Format, ...]:

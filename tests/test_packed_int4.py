@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pocketmoe.offload.errors import DataError
 from pocketmoe.offload.loading import convert_checkpoint, load
 from pocketmoe.offload.store import ExpertStore
 from pocketmoe.quant import int4
+from pocketmoe.quant.codecs import ExpertShape, encode_expert, get_codec, record_layout
 from pocketmoe.quant.int4 import Int4Format, Int4Matrix
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -147,3 +149,20 @@ def test_what_is_wrong_with_a_checkpoint_is_one_sentence(checkpoints, tmp_path, 
     with pytest.raises(DataError, match=message) as caught:
         convert_checkpoint(path, tmp_path / "store")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("codec", ["int4-g32", "int4-g128-asym"])
+def test_threads_make_the_same_record(codec):
+    chosen, shape = get_codec(codec), ExpertShape(2048, 1552)
+    layout, generator = record_layout(chosen, shape), torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(size, generator=generator).bfloat16() for name, size in shape.parts().items()}
+    assert len(int4.row_pieces(weights["up_proj"])) == 4
+    with ThreadPoolExecutor(3) as pool:
+        assert torch.equal(encode_expert(chosen, layout, weights, pool.map), encode_expert(chosen, layout, weights))
+
+
+def test_of_two_values_of_the_largest_magnitude_the_negative_one_is_exact():
+    weight = torch.zeros(1, 32)
+    weight[0, 3], weight[0, 7] = 4.0, -4.0
+    back = int4.dequantize(int4.pack(*int4.quantize(weight, Int4Format()), Int4Format()), 1, 32, Int4Format())
+    assert back[0, 7] == -4.0 and back[0, 3] == 3.5
