@@ -89,6 +89,14 @@ def result(what: str, name: str, times: dict[str, list[float]], baseline: str, a
     return {"what": what, "kernel": name, **numbers, "baseline": baseline, "ratio": ratio}
 
 
+def show(results: list[dict]) -> None:
+    for r in results:
+        low, high = r["us_quartiles"]
+        times = f"{r['us']:8.0f} us ({low:.0f}..{high:.0f})"
+        rate = f"{r['rate']:7.1f} {r['unit']:8} {r['ratio']:5.2f} x {r['baseline']}"
+        print(f"{r['what']:30} {r['kernel']:11}{times:28} {rate}")
+
+
 def random_expert(codec_name: str) -> tuple[RecordLayout, torch.Tensor]:
     layout = record_layout(get_codec(codec_name), SHAPE)
     generator = torch.Generator().manual_seed(0)
@@ -199,11 +207,7 @@ def main() -> None:
     if "trunk" in options.only:
         results += bench_trunk(pool, isas, options.rounds)
     print(f"{options.threads} threads, torch {torch.__version__}, {options.rounds} rounds")
-    for r in results:
-        low, high = r["us_quartiles"]
-        times = f"{r['us']:8.0f} us ({low:.0f}..{high:.0f})"
-        rate = f"{r['rate']:7.1f} {r['unit']:8} {r['ratio']:5.2f} x {r['baseline']}"
-        print(f"{r['what']:30} {r['kernel']:11}{times:28} {rate}")
+    show(results)
     if options.json:
         limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
         print(json.dumps({"threads": options.threads, "onednn_max_cpu_isa": limit, "results": results}))

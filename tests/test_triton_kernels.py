@@ -5,10 +5,12 @@ Neither a GPU nor the interpreter is needed to compile them: what the compiler m
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,3 +238,11 @@ def test_an_activation_that_does_not_fit_the_shape_is_refused():
         make_kernels("int4-g32", ExpertShape(32, 32), Activation("relu2"))
     with pytest.raises(ValueError, match="unknown"):
         make_kernels("int4-g32", ExpertShape(32, 32), Activation("softplus"))
+
+
+def test_the_benchmark_leaves_with_one_sentence_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu_kernels"])
+    with pytest.raises(SystemExit, match="no CUDA GPU"):
+        importlib.import_module("benchmarks.gpu_kernels").main()
