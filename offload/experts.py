@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
 from ..quant.activations import Activation
 from ..quant.codecs import packed_format
-from ..quant.kernels import ExpertKernels, TorchKernels
+from ..quant.kernels import ExpertJob, ExpertKernels, TorchKernels
 from ..quant.native import NativeKernels, NativePool, load_native, why_missing
 from .config import OffloadConfig
 from .errors import UsageError
@@ -40,7 +45,7 @@ def make_kernels(
     fmt = packed_format(codec)
     if pool is not None and fmt is not None and (activations := _native_activations(sites)):
         return [
-            NativeKernels(fmt, layout, site.layer.shape, activation, pool=pool)
+            _with_norm(site, NativeKernels(fmt, layout, site.layer.shape, activation, pool=pool))
             for site, layout, activation in zip(sites, layouts, activations, strict=True)
         ]
     if pool is None:
@@ -53,7 +58,26 @@ def make_kernels(
         raise UsageError(f"native kernels were asked for: {obstacle}")
     if config.kernels == "auto" and fmt is not None:  # who takes records that are not packed does not ask for speed
         on_notice(f"{obstacle} Using torch for the experts meanwhile, which is several times slower.")
-    return [TorchKernels(codec, layout, site.apply_gate) for site, layout in zip(sites, layouts, strict=True)]
+    return [
+        _with_norm(site, TorchKernels(codec, layout, site.apply_gate))
+        for site, layout in zip(sites, layouts, strict=True)
+    ]
+
+
+def _with_norm(site: MoeSite, kernels: ExpertKernels) -> ExpertKernels:
+    return kernels if site.form.post_norm is None else _Normed(kernels, site.form.post_norm)
+
+
+class _Normed:
+    """Kernels whose outputs go through a norm of the model's own, each expert's before they are weighted."""
+
+    def __init__(self, kernels: ExpertKernels, norm: nn.Module) -> None:
+        self.name, self._kernels, self._norm = kernels.name, kernels, norm
+
+    def run(self, hidden: torch.Tensor, rows: torch.Tensor, jobs: Sequence[ExpertJob], out: torch.Tensor) -> None:
+        self._kernels.run(hidden, rows, jobs, out)
+        for _, start, count in jobs:
+            out[start : start + count] = self._norm(out[start : start + count])
 
 
 def _native_activations(sites: list[MoeSite]) -> list[Activation] | None:

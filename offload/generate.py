@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicCache
 
 from ..cache.stats import RunStats
 from .errors import UsageError
-from .kv_cache import can_crop, new_kv_cache
+from .hf_families import STEPWISE
+from .kv_cache import announce_prompt, can_crop, new_kv_cache
 from .lean import LeanDecoder
 from .sampling import Sampler, Sampling
 from .source import OnProgress, Progress
@@ -61,6 +62,7 @@ class Sequence:
     ) -> None:
         self._model, self.context, self._chunk = model, context, chunk
         self._step_threads, self._lean, self._kv_dtype = step_threads, lean, kv_dtype
+        self._stepwise = model.config.get_text_config().model_type in STEPWISE
         self._threads = torch.get_num_threads()
         self.ids: list[int] = []
         """The tokens whose keys and values are cached."""
@@ -86,10 +88,12 @@ class Sequence:
     def feed(self, ids: list[int], on_progress: OnProgress | None = None) -> torch.Tensor:
         """Run new tokens through the model; returns the last one's logits [vocabulary]."""
         assert ids and len(self.ids) + len(ids) <= self.context, (len(self.ids), len(ids), self.context)
-        logits = None
-        for start in range(0, len(ids), self._chunk):
-            part = ids[start : start + self._chunk]
+        if not self.ids:
+            announce_prompt(self._cache, len(ids))
+        logits, fed = None, 0
+        while fed < len(ids):
             begin = len(self.ids)
+            part = ids[fed : fed + (1 if begin and self._stepwise else self._chunk)]
             try:
                 if len(part) == 1 and self._step_threads:
                     torch.set_num_threads(self._step_threads)
@@ -98,13 +102,14 @@ class Sequence:
                 else:
                     logits = self._forward(part, begin)
                 self.ids += part
+                fed += len(part)
             except BaseException:
                 self.reset()  # some layers may have cached this chunk and others not
                 raise
             finally:
                 torch.set_num_threads(self._threads)
             if on_progress and len(ids) > self._chunk:
-                on_progress(Progress("prompt", start + len(part), len(ids), "tokens"))
+                on_progress(Progress("prompt", fed, len(ids), "tokens"))
         assert logits is not None
         return logits
 

@@ -1,14 +1,17 @@
 """The bridge to transformers: a model without its experts, and what it tells about them.
 
-transformers holds the architectures. This file (with `hf_keys.py`, which maps checkpoint names) is the only one that
-touches its internals; the names it relies on are checked against the tested range in `SUPPORTED`.
+transformers holds the architectures. This file and its neighbours (`hf_experts.py`: the experts in a model,
+`hf_families.py`: what single families need, `hf_keys.py`: names in checkpoints) are the only ones that touch its
+internals; `make breadth` runs every Mixture-of-Experts type of the installed release through them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+import importlib
+import re
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,111 +19,20 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
-from ..quant.activations import Activation, apply
-from ..quant.codecs import ExpertShape, Weight
 from .errors import DataError
+from .hf_experts import MoeSite, find_sites
+from .hf_families import ALIASES, LEFT_OUT, foreign_experts
 from .kv_cache import allocates_ahead, cache_bytes, new_kv_cache
-from .source import MoeLayer
+from .source import OnNotice
 
-EXPERTS_IMPLEMENTATION = "pocketmoe"
-SUPPORTED = ((5, 21), (5, 99))
-_TOP_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
-
-ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def _experts_forward(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-):
-    return module.__dict__["_pocketmoe_forward"](hidden_states, top_k_index, top_k_weights)
-
-
-@dataclass
-class MoeSite:
-    """One MoE layer inside a transformers model, its expert parameters dropped."""
-
-    index: int
-    name: str
-    experts: Any
-    router: nn.Module | None
-    layer: MoeLayer
-    params: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    """The dropped parameters of the experts module: name -> ([experts, ...] shape, dtype)."""
-    norm: nn.Module | None = None
-    """The norm whose output the router reads, once `find_router_norms` has run."""
-    router_dims: int = 2
-    predictable: bool = False
-    """Whether the router can be run on a guess: it takes hidden states alone and returns indices."""
-
-    def split(self, params: Mapping[str, Weight]) -> dict[str, Weight]:
-        """One expert in the module's own layout -> the parts of `ExpertShape.parts()`, Linear order [out, in].
-
-        MXFP4 matrices are in Linear order already.
-        """
-        module: Any = self.experts
-        parts: dict[str, Weight] = {}
-        for name, tensor in params.items():
-            if isinstance(tensor, torch.Tensor) and module.is_transposed and tensor.dim() == 2:
-                tensor = tensor.T
-            if name.startswith("gate_up_proj"):
-                suffix, half = name.removeprefix("gate_up_proj"), tensor.shape[0] // 2
-                parts["gate_proj" + suffix] = tensor[:half] if module.is_concatenated else tensor[0::2]
-                parts["up_proj" + suffix] = tensor[half:] if module.is_concatenated else tensor[1::2]
-            else:
-                parts[name] = tensor
-        return {name: parts[name].contiguous() for name in self.layer.shape.parts()}
-
-    def join(self, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inverse of `split`: one expert in the module's own layout."""
-        module, params = self.experts, {}
-        for name, tensor in parts.items():
-            if name.startswith("gate_proj"):
-                up = parts["up_proj" + name.removeprefix("gate_proj")]
-                both = torch.cat((tensor, up)) if module.is_concatenated else torch.stack((tensor, up), 1).flatten(0, 1)
-                name, tensor = "gate_up_proj" + name.removeprefix("gate_proj"), both
-            elif name.startswith("up_proj") and self.layer.shape.has_gate:
-                continue
-            params[name] = tensor.T if module.is_transposed and tensor.dim() == 2 else tensor
-        return params
-
-    def apply_gate(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
-        """The module's own activation on separate gate and up, [rows, intermediate] each."""
-        module = self.experts
-        if gate is None:
-            return module.act_fn(up)
-        if module.is_concatenated:
-            return module._apply_gate(torch.cat((gate, up), -1))
-        return module._apply_gate(torch.stack((gate, up), -1).flatten(-2))
-
-    def activation(self) -> Activation | None:
-        """The activation by name, found by comparing outputs; None when no native kernel has it."""
-        module = self.experts
-        limit = next(
-            (v for n in ("limit", "swiglu_limit") if isinstance(v := getattr(module, n, None), (int, float))), 0.0
-        )
-        alpha = float(getattr(module, "alpha", 0.0) or 0.0)
-        up = torch.linspace(-12, 12, 97).reshape(1, -1)
-        gate = up.flip(-1) * 0.9 + 0.1 if self.layer.shape.has_gate else None
-        with torch.no_grad():
-            want = self.apply_gate(gate, up)
-        candidates = (
-            [
-                Activation("silu"),
-                Activation("silu_clamp", 0.0, float(limit)),
-                Activation("gpt_oss", alpha, float(limit)),
-            ]
-            + [Activation("gelu_tanh")]
-            if gate is not None
-            else [Activation("relu2")]
-        )
-        for candidate in candidates:
-            if torch.allclose(apply(candidate, gate, up), want, rtol=1e-6, atol=1e-6):
-                return candidate
-        return None
+OLDEST, TESTED = (5, 21), (5, 23)
+"""The releases of transformers that this works with at least, and the newest that `make breadth` ran with."""
 
 
 @dataclass
@@ -133,21 +45,36 @@ class Skeleton:
     full_state: dict[str, torch.Tensor]
     """Meta tensors by parameter name, experts included: the names that a checkpoint must resolve to."""
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    """Modules that a text never reaches: what reads images and sound."""
 
     def trunk_names(self) -> list[str]:
         """Parameters and persistent buffers that a store must hold (tied duplicates left out)."""
         dropped = {f"{site.name}.{name}" for site in self.sites for name in site.params}
-        return [
-            name for name in self.full_state if name not in dropped and name not in self.model.all_tied_weights_keys
-        ]
+        dropped.update(self.model.all_tied_weights_keys)
+        return [name for name in self.full_state if name not in dropped and not self.is_left_out(name)]
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether a parameter belongs to what a text never reaches."""
+        return any(name.startswith(f"{part}.") for part in self.left_out)
 
 
-def check_version() -> None:
-    """Raises DataError when the installed transformers is outside the range that this file was tested with."""
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if not SUPPORTED[0] <= version <= SUPPORTED[1]:
-        wanted = f"transformers>={SUPPORTED[0][0]}.{SUPPORTED[0][1]},<{SUPPORTED[1][0] + 1}"
-        raise DataError(f"transformers {transformers.__version__} is not supported; install {wanted}")
+def check_version(on_notice: OnNotice | None = None) -> None:
+    """A notice when the installed transformers is newer than what this was tested with.
+
+    Raises:
+        DataError: it is too old.
+    """
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    if version < OLDEST:
+        raise DataError(
+            f"transformers {transformers.__version__} is too old; install transformers>={OLDEST[0]}.{OLDEST[1]}"
+        )
+    if version > TESTED and on_notice is not None:
+        on_notice(
+            f"transformers {transformers.__version__} is newer than {TESTED[0]}.{TESTED[1]}, the last that was tested; "
+            "should a model fail, that one may do"
+        )
 
 
 def read_config(path: Path) -> Any:
@@ -160,6 +87,8 @@ def read_config(path: Path) -> Any:
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
     model_type = raw.get("model_type")
+    if model_type in ALIASES:
+        return AutoConfig.for_model(ALIASES[model_type], **{k: v for k, v in raw.items() if k != "model_type"})
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
@@ -192,15 +121,9 @@ def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> Skeleton:
         DataError: no causal language model, or a dense one.
     """
     check_version()
-    config = config if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else config.get_text_config()
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise DataError(f"model type {config.model_type!r} is not a causal language model")
-    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if isinstance(cls, (tuple, list)):
-        cls = cls[0]
-    dtype = dtype or config.dtype or torch.float32
-    ExpertsInterface.register(EXPERTS_IMPLEMENTATION, _experts_forward)
-    config._experts_implementation = "eager"  # the registered name is set below, once the experts are known
+    cls, config = _model_class(config)
+    dtype = dtype or config.dtype or config.get_text_config().dtype or torch.float32
+    config._experts_implementation = "eager"  # is never run: `attach` takes its place
     with contextlib.ExitStack() as stack:
         for context in cls.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
@@ -212,49 +135,49 @@ def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> Skeleton:
         name: next((wanted for part, wanted in plan.items() if part in name), tensor.dtype)
         for name, tensor in full_state.items()
     }
-    sites = list(_find_sites(model))
+    left_out = _left_out(model)
+    sites = list(find_sites(model, left_out))
     if not sites:
+        foreign = next(foreign_experts(model), None)
         raise DataError(
             f"model type {config.model_type!r} is dense: it has no routed experts, so there is nothing to offload"
+            if foreign is None
+            else f"model type {config.model_type!r} keeps its experts in {foreign}, a form that is not supported"
         )
-    for module in model.modules():  # composite configs: parts may keep a config object of their own
-        part = getattr(module, "config", None)
-        if part is not None and hasattr(part, "_experts_implementation_internal"):
-            part._experts_implementation_internal = EXPERTS_IMPLEMENTATION
-    return Skeleton(model, config, sites, full_state, dtypes)
+    return Skeleton(model, config, sites, full_state, dtypes, left_out)
 
 
-def _find_sites(model: PreTrainedModel) -> Iterator[MoeSite]:
-    index = 0
-    for name, module in list(model.named_modules()):
-        experts: Any = module
-        if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")):
-            continue
-        if getattr(module, "has_post_expert_norm", False):
-            raise DataError(f"{name}: experts with a norm of their own after them are not supported yet")
-        block = model.get_submodule(name.rpartition(".")[0])
-        router = next((m for n in ("gate", "router") if isinstance(m := getattr(block, n, None), nn.Module)), None)
-        params = {n: (tuple(p.shape), p.dtype) for n, p in module.named_parameters(recurse=False)}
-        down, up_name = params["down_proj"][0], "gate_up_proj" if experts.has_gate else "up_proj"
-        hidden, intermediate = (down[2], down[1]) if experts.is_transposed else (down[1], down[2])
-        shape = ExpertShape(hidden, intermediate, experts.has_gate, f"{up_name}_bias" in params)
-        known = {up_name, "down_proj"} | ({f"{up_name}_bias", "down_proj_bias"} if shape.has_bias else set())
-        if set(params) != known:
-            raise DataError(f"{name}: expert parameters {sorted(params)} are not supported, expected {sorted(known)}")
-        top_k = getattr(router, "top_k", None) or _config_top_k(model.config)
-        for param in params:
-            module._parameters[param] = None  # never materialised: their bytes live in slots
-        module._is_hf_initialized = True
-        yield MoeSite(index, name, module, router, MoeLayer(name, down[0], int(top_k), shape), params)
-        index += 1
-
-
-def _config_top_k(config: Any) -> int:
+def _model_class(config: Any) -> tuple[Any, Any]:
+    """The class that generates text with a config, and the part of the config that it takes."""
     text = config.get_text_config()
-    for name in _TOP_K_NAMES:
-        if isinstance(value := getattr(text, name, None), int):
-            return value
-    raise DataError(f"model type {config.model_type!r} does not say how many experts a token uses")
+    for of in (config, text):
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+            if type(of) in mapping:
+                found = mapping[type(of)]
+                cls: Any = found[0] if isinstance(found, (tuple, list)) else found
+                if GenerationMixin not in cls.__mro__:
+                    raise DataError(f"model type {of.model_type!r} does not generate text token by token")
+                return cls, text if cls.config_class is type(text) else of
+    raise DataError(f"model type {config.model_type!r} is not a causal language model")
+
+
+def _left_out(model: PreTrainedModel) -> list[str]:
+    """The parts beside the language model proper, for classes that also take images or sound."""
+    base, decoder = model.base_model, model.get_decoder()
+    beside = [child for child in base.children() if child is not decoder] if decoder in base.children() else []
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in LEFT_OUT
+        or (any(module is child for child in beside) and next(module.parameters(), None) is not None)
+    ]
+
+
+def largest(config: Any, name: str) -> int:
+    """A size in a config, 0 where it has none: the largest, where layers differ."""
+    layers = getattr(config, "per_layer_config", None)
+    each = [layers[i] for i in range(config.num_hidden_layers)] if layers else [config]
+    return max(getattr(one, name, None) or 0 for one in each)
 
 
 def load_trunk(
@@ -270,6 +193,9 @@ def load_trunk(
         DataError: a tensor is unknown, missing or of the wrong shape. Nothing is ever initialised at random.
     """
     model, missing = skeleton.model, set(skeleton.trunk_names()) - set(stand_ins)
+    for name in skeleton.left_out:
+        holder = model.get_submodule(name.rpartition(".")[0])
+        delattr(holder, name.rpartition(".")[2])
     for name, tensor in tensors:
         if name not in missing:
             raise DataError(f"trunk tensor {name} is unknown to {type(model).__name__}")
@@ -304,9 +230,9 @@ def load_trunk(
 def attach(
     skeleton: Skeleton, forward: Callable[[MoeSite, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> None:
-    """Let every experts module call `forward(site, hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k])`."""
+    """Let every MoE layer call `forward(site, hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k])`."""
     for site in skeleton.sites:
-        site.experts.__dict__["_pocketmoe_forward"] = lambda x, i, w, site=site: forward(site, x, i, w)
+        site.form.install(functools.partial(forward, site))
 
 
 def _no_experts(_site: MoeSite, hidden_states: torch.Tensor, *_routing: torch.Tensor) -> torch.Tensor:
@@ -359,7 +285,9 @@ def measure_kv_bytes(skeleton: Skeleton, context: int, chunk: int, stored: torch
     if not allocates_ahead(cache):
         tokens, cache = context, new_kv_cache(skeleton.config, context, context, stored)
     attach(skeleton, _no_experts)
-    with torch.inference_mode():
+    # Some families look for tokens of a kind, which meta tensors cannot: they find all.
+    fx_config: Any = importlib.import_module("torch.fx.experimental._config")
+    with torch.inference_mode(), fx_config.patch(meta_nonzero_assume_all_nonzero=True):
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         skeleton.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
     return cache_bytes(cache)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -34,6 +36,16 @@ class _Target(NamedTuple):
     sources: dict[str | None, list[Readable]]
     packed: Mxfp4Entry | None = None
     """Instead of sources: a parameter that ships in MXFP4."""
+
+    @property
+    def kinds(self) -> int:
+        """Kinds of experts under one row of numbers (those for text, then those for images); the first is ours."""
+        return 1 if self.converter is None else len(self.converter.target_patterns)
+
+    def of_expert(self, pattern: str | None, index: int) -> list[Readable]:
+        """The sources that make one expert, with those of its number of other kinds."""
+        found = self.sources[pattern]
+        return found[index :: len(found) // self.kinds] if _per_expert(pattern, found) else found[:1]
 
 
 class KeyMap:
@@ -89,20 +101,26 @@ class KeyMap:
             raise DataError(f"the checkpoint has no tensor for {site.name}.{param}; is a shard missing?")
         if target.packed is not None:
             want = site.params[param][0]
-            if len(want) == 3 and site.experts.is_transposed:
+            if param in site.form.transposed:
                 want = (want[0], want[2], want[1])
             if target.packed.shape != want:
                 raise DataError(
                     f"{site.name}.{param} has MXFP4 tensors for the shape {target.packed.shape}, the config says {want}"
                 )
             return target
+        shape, whole = site.params[param][0], self.skeleton.full_state[f"{site.name}.{param}"].shape
+        if len(shape) != len(whole):  # experts one below the other in a matrix
+            target.sources[None] = [
+                entry._replace(shape=shape) if isinstance(entry, TensorEntry) and entry.shape == whole else entry
+                for entry in target.sources[None]
+            ]
         wanted = set(target.converter.source_patterns) if target.converter is not None else {None}
         if set(target.sources) != wanted:
             raise DataError(
                 f"{site.name}.{param} lacks source tensors for {sorted(map(str, wanted - set(target.sources)))}"
             )
         for pattern, found in target.sources.items():
-            what, wanted_count = f"{site.name}.{param}", site.layer.num_experts
+            what, wanted_count = f"{site.name}.{param}", site.layer.num_experts * target.kinds
             if not _per_expert(pattern, found):
                 count = found[0].shape[0] if found[0].shape else 0
             elif missing := set(range(wanted_count)).difference(_expert_numbers(found)):
@@ -111,7 +129,8 @@ class KeyMap:
                 )
             else:
                 count = len(found)
-            if count != wanted_count:
+            # Where some experts compute nothing (longcat_flash), the library gives them weights all the same.
+            if count not in (wanted_count, whole[0] if len(whole) == len(shape) else wanted_count):
                 raise DataError(f"{what} has {count} experts in the checkpoint, the config says {wanted_count}")
         return target
 
@@ -124,7 +143,7 @@ class KeyMap:
                 params[param] = target.packed.read_expert(index)
                 continue
             name, shape = f"{site.name}.{param}", site.params[param][0][1:]
-            sources = [_of_expert(pattern, found, index) for pattern, found in target.sources.items()]
+            sources = [entry for pattern in target.sources for entry in target.of_expert(pattern, index)]
             if all(isinstance(source, Int4Entry | PackedLinear) for source in sources):
                 size, matrix = self._join_codes(name, target, index)
             else:
@@ -138,7 +157,7 @@ class KeyMap:
     def expert_tensors(self, layer: int, index: int) -> Iterator[TensorEntry]:
         """The tensors of the files that `expert` reads."""
         for target in self._experts[layer].values():
-            of_expert = [_of_expert(pattern, found, index) for pattern, found in target.sources.items()]
+            of_expert = [entry for pattern in target.sources for entry in target.of_expert(pattern, index)]
             for entry in [target.packed] if target.packed is not None else of_expert:
                 if isinstance(entry, TensorEntry):
                     yield entry
@@ -150,7 +169,7 @@ class KeyMap:
 
         What merges experts only puts rows together: of codes and of scales as of numbers.
         """
-        matrices = {p: _of_expert(p, found, index).matrix() for p, found in target.sources.items()}  # type: ignore
+        matrices = {p: target.of_expert(p, index)[0].matrix() for p in target.sources}  # type: ignore
 
         def join(parts: dict[str | None, torch.Tensor]) -> torch.Tensor:
             data = {pattern: [part[None] if pattern is None else part] for pattern, part in parts.items()}
@@ -164,13 +183,26 @@ class KeyMap:
 
     def _gather(self, name: str, target: _Target, index: int) -> torch.Tensor:
         """One expert's parameter as a batch of one, made by the library's operations."""
-        data = {
-            pattern: [found[index].read()[None] if pattern is None else found[index].read()]
-            if _per_expert(pattern, found)
-            else [found[0].read_index(index)]
-            for pattern, found in target.sources.items()
-        }
-        return next(iter(self._convert(name, target, data).values()))
+        data: dict[Any, list[torch.Tensor]] = {}
+        for pattern, found in target.sources.items():
+            if _per_expert(pattern, found):
+                tensors = [entry.read() for entry in target.of_expert(pattern, index)]
+                data[pattern] = [tensor[None] for tensor in tensors] if pattern is None else tensors
+            else:
+                data[pattern] = [found[0].read_index(index)]
+        with self._in_place_of(name):
+            return next(iter(self._convert(name, target, data).values()))
+
+    @contextmanager
+    def _in_place_of(self, name: str) -> Iterator[None]:
+        """Some operations look up the shape of the parameter that they make: for us, that of a single expert."""
+        module_name, _, leaf = name.rpartition(".")
+        params = self.skeleton.model.get_submodule(module_name)._parameters
+        params[leaf] = nn.Parameter(self.skeleton.full_state[name][:1], requires_grad=False)
+        try:
+            yield
+        finally:
+            params[leaf] = None
 
     def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All trunk parameters, one conversion group at a time."""
@@ -230,10 +262,6 @@ class KeyMap:
 
 def _per_expert(pattern: str | None, found: list[Readable]) -> bool:
     return len(found) > 1 or (pattern is not None and "*" in pattern)
-
-
-def _of_expert(pattern: str | None, found: list[Readable], index: int) -> Readable:
-    return found[index] if _per_expert(pattern, found) else found[0]
 
 
 def _expert_numbers(found: list[Readable]) -> list[int]:

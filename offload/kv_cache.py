@@ -5,10 +5,14 @@ They are cache layers of transformers, so that its own modules and our decode st
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .hf_families import OWN_CACHE
 
 _LARGEST_HALF = 65504.0
 
@@ -150,6 +154,10 @@ class WindowLayer(_Buffers, DynamicSlidingWindowLayer):
 def new_kv_cache(config: Any, context: int, chunk: int, stored: torch.dtype | None = None) -> DynamicCache:
     """A KV cache for one sequence of at most `context` tokens, fed at most `chunk` at a time, kept in dtype `stored`.
     Layers of a kind that is unknown here (recurrent states and the like) stay the library's own."""
+    model_type = config.get_text_config().model_type
+    if model_type in OWN_CACHE:
+        module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        return getattr(module, OWN_CACHE[model_type])()
 
     def preallocated(layer: Any) -> Any:
         if type(layer) is DynamicLayer:
@@ -163,9 +171,16 @@ def new_kv_cache(config: Any, context: int, chunk: int, stored: torch.dtype | No
     return cache
 
 
+def announce_prompt(cache: DynamicCache, tokens: int) -> None:
+    """Say how many tokens the prompt of an empty cache has, to layers that never drop it (unlimited_ocr)."""
+    for layer in cache.layers:
+        if hasattr(layer, "set_prefill_length"):
+            layer.set_prefill_length(tokens)  # type: ignore[attr-defined]
+
+
 def can_crop(cache: DynamicCache) -> bool:
     """Whether the last tokens can be taken back (not with recurrent states or a window that has moved on)."""
-    return all(type(layer) in (FullLayer, DynamicLayer) for layer in cache.layers)
+    return type(cache) is DynamicCache and all(type(layer) in (FullLayer, DynamicLayer) for layer in cache.layers)
 
 
 def allocates_ahead(cache: DynamicCache) -> bool:
@@ -174,10 +189,17 @@ def allocates_ahead(cache: DynamicCache) -> bool:
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of the keys and values, as far as they are allocated."""
-    return sum(
-        layer.nbytes
-        if isinstance(layer, _Buffers)
-        else sum(t.nbytes for name in ("keys", "values") if torch.is_tensor(t := getattr(layer, name, None)))
-        for layer in cache.layers
-    )
+    """Bytes of keys, values and states, as far as they are allocated."""
+    tensors = {id(tensor): tensor for tensor in _tensors(vars(cache))}
+    for layer in cache.layers:
+        own = layer.buffers if isinstance(layer, _Buffers) else _tensors(vars(layer))
+        tensors |= {id(tensor): tensor for tensor in own}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

@@ -65,6 +65,7 @@ class Model:
         pool = open_pool(config)
         # Packed matrices compute in float32; with half-precision activations each would convert back and forth.
         packed = manifest.trunk_packed if pool is not None else {}
+        hf.check_version(notice)
         skeleton = hf.build_skeleton(hf.read_config(self.path), torch.float32 if packed else None)
         if [site.layer for site in skeleton.sites] != manifest.layers:
             raise DataError(f"{self.path}: config.json and pocketmoe.json describe different experts; convert again")
@@ -72,7 +73,7 @@ class Model:
         self.sampling, self._ends = read_generation_config(self.path)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self._ends.add(self.tokenizer.eos_token_id)
-        plain = skeleton.config.dtype == torch.float32 or bool(packed)
+        plain = skeleton.model.dtype == torch.float32 or bool(packed)
         lean_is_likely = pool is not None and plain and skeleton.config.model_type in FAMILIES
         # Rounding activations to INT8 for each packed matrix loses more than float16 does in the cache.
         half = config.kv == "f16" or (config.kv == "auto" and bool(packed) and lean_is_likely)
@@ -130,7 +131,7 @@ class Model:
         """The first plan, before anything large is read, for the context that was asked for or the largest usual one
         that the budget has room for."""
         store, manifest = self._store, self._store.manifest
-        longest = getattr(skeleton.config, "max_position_embeddings", None) or CONTEXTS[0]
+        longest = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or CONTEXTS[0]
         if config.context and config.context > longest:
             raise UsageError(
                 f"context {config.context:,} is more than the {longest:,} tokens that this model was made for"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .hf import Skeleton
+from .hf import Skeleton, largest
 
 _FLOAT = 4
 _SLACK = 32 << 20
@@ -35,16 +35,16 @@ class Workspace(NamedTuple):
     @classmethod
     def of(cls, skeleton: Skeleton, native: bool, lean: bool, converts: bool) -> Workspace:
         config = skeleton.config.get_text_config()
-        heads = getattr(config, "num_attention_heads", 1)
-        latent = getattr(config, "kv_lora_rank", None)
+        heads = largest(config, "num_attention_heads") or 1
+        latent = largest(config, "kv_lora_rank")
         if latent:  # all keys and values are made from the latents, keys in two parts that are then put together
-            plain, turned, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+            plain, turned, value = (largest(config, f"{part}_head_dim") for part in ("qk_nope", "qk_rope", "v"))
             head_dim, expanded, cached = plain + turned, heads * (2 * plain + turned + value), latent + turned
             uneven = head_dim != value
         else:
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+            head_dim = largest(config, "head_dim") or config.hidden_size // heads
             expanded = 2 * heads * head_dim
-            cached = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+            cached = 2 * (largest(config, "num_key_value_heads") or heads) * head_dim
             uneven = False
         eager = getattr(config, "_attn_implementation", "eager") == "eager"
         return cls(

@@ -1,0 +1,63 @@
+"""Model types at large: every one that the installed transformers can build gives stock's logits, or says why not."""
+
+from __future__ import annotations
+
+import json
+
+import breadth
+import pytest
+import tiny
+import tiny_families
+import torch
+from pocketmoe.offload import hf
+from pocketmoe.offload.checkpoint import CheckpointSource
+from pocketmoe.offload.errors import DataError
+
+DEFAULT = ("dbrx", "jamba", "llama4", "longcat_flash", "minimax", "muse_spark", "qwen3_next", "qwen3_vl_moe")
+"""One of each kind: experts in a form of their own, recurrent layers, experts with a norm, images left out."""
+OTHERS = sorted(set(tiny_families.moe_types()) - set(DEFAULT) - breadth.REFUSED.keys())
+
+
+@pytest.mark.parametrize("model_type", [*DEFAULT, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_a_type_gives_the_logits_and_tokens_of_stock_transformers(model_type, tmp_path):
+    breadth.check(model_type, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["diffusion_gemma", "doge", "jetmoe"])
+def test_a_type_that_cannot_run_is_refused_with_a_sentence(model_type):
+    with pytest.raises(DataError, match=breadth.REFUSED[model_type]):
+        hf.build_skeleton(tiny_families.tiny_config(model_type))
+
+
+def test_the_types_that_people_ask_for_are_among_those_that_run():
+    asked = (
+        "gpt_oss mixtral deepseek_v2 deepseek_v3 deepseek_v4 qwen2_moe qwen3_moe qwen3_next qwen3_5_moe olmoe glm4_moe "
+        "minimax_m2 granitemoe phimoe hunyuan_v1_moe ernie4_5_moe lfm2_moe gemma4 nemotron_h jamba dbrx llama4 "
+        "longcat_flash step3p7"
+    )
+    assert set(asked.split()) <= {*DEFAULT, *OTHERS}
+
+
+def test_kimi_k2_is_read_as_deepseek_v3_and_its_own_code_is_not_run(tmp_path):
+    stock = tiny.make_checkpoint(tmp_path / "kimi", "deepseek_v3")
+    file = tmp_path / "kimi" / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content |= {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+    content |= {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    source = CheckpointSource(tmp_path / "kimi")
+    assert source.skeleton.config.model_type == "deepseek_v3"
+    parts = source.expert(0, 3)
+    weights = stock.model.layers[1].mlp.experts
+    assert torch.equal(torch.cat([parts["gate_proj"], parts["up_proj"]]), weights.gate_up_proj[3])  # type: ignore
+
+
+def test_a_newer_release_of_transformers_than_the_tested_is_said_and_an_older_one_refused(monkeypatch):
+    notices: list[str] = []
+    hf.check_version(notices.append)
+    monkeypatch.setattr(hf.transformers, "__version__", f"{hf.TESTED[0]}.{hf.TESTED[1] + 1}.0.dev0")
+    hf.check_version(notices.append)
+    assert len(notices) == 1 and "newer than" in notices[0]
+    monkeypatch.setattr(hf.transformers, "__version__", "4.57.1")
+    with pytest.raises(DataError, match="too old; install transformers>="):
+        hf.check_version(notices.append)
