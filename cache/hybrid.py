@@ -65,6 +65,10 @@ class TierCosts:
         miss = copy * cpu / (copy + cpu) if copy + cpu else 0.0
         return max(0.0, miss - self.gpu.each)
 
+    def dearness(self, read: float) -> float:
+        """How many misses one is worth whose record is not in RAM either: it has to be read, in `read` seconds."""
+        return 1 + read / self.saving if self.saving else 1.0
+
     def corrected(
         self,
         *,
@@ -201,9 +205,12 @@ class Worth:
         """Most worth having first, as `split_misses` wants them."""
         return sorted(experts, key=self.rate, reverse=True)
 
-    def gain(self, expert: ExpertId, victim: ExpertId | None) -> float:
-        """Hits, also below 0, that having `expert` instead of `victim` (None: an empty slot) is expected to bring."""
-        return HORIZON * (self.rate(expert) - (0.0 if victim is None else self.rate(victim)))
+    def gain(self, expert: ExpertId, victim: ExpertId | None, dearness: float = 1.0) -> float:
+        """Hits, also below 0, that having `expert` instead of `victim` (None: an empty slot) is expected to bring.
+
+        `dearness`: how many other misses one of the victim is worth; see `TierCosts.dearness`.
+        """
+        return HORIZON * (self.rate(expert) - (0.0 if victim is None else dearness * self.rate(victim)))
 
 
 def worth_admitting(gain: float, costs: TierCosts, *, copied: bool = False) -> bool:

@@ -221,6 +221,7 @@ class _Run:
         for expert in reversed(outside[:slots]):  # the most popular last: it leaves last
             ram.admit(expert)
             ram.arrived(expert)
+        self._strategy.below(ram, self._setup.read)
         return ram
 
     def _has(self, expert: ExpertId) -> bool:

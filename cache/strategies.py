@@ -27,6 +27,10 @@ class Strategy(Protocol):
         """Whether `expert` has a slot in VRAM."""
         ...
 
+    def below(self, ram: ExpertCache, read: float) -> None:
+        """RAM does not hold everything, but what is in `ram`; the rest is read from disk, in `read` seconds each."""
+        ...
+
     def find(self, layer: int, chosen: Step) -> Lookup:
         """Which of a layer's chosen experts lie in VRAM; those that are arriving do not."""
         ...
@@ -65,6 +69,9 @@ class Static:
 
     def __contains__(self, expert: object) -> bool:
         return expert in self._residents
+
+    def below(self, ram: ExpertCache, read: float) -> None:
+        pass
 
     def find(self, layer: int, chosen: Step) -> Lookup:
         there = self._residents
@@ -117,6 +124,9 @@ class CopyMisses:
     def __contains__(self, expert: object) -> bool:
         return expert in self.cache
 
+    def below(self, ram: ExpertCache, read: float) -> None:
+        pass
+
     def find(self, layer: int, chosen: Step) -> Lookup:
         return self.cache.lookup(layer, [expert.index for expert in chosen])
 
@@ -126,7 +136,7 @@ class CopyMisses:
     def served(self, chosen: Step, copied: Sequence[ExpertId]) -> None:
         with self.cache.locked(chosen):
             for expert in copied:
-                if self.admits(expert, copied=True) and self.cache.admit(expert) is not None:
+                if self.admits(expert, copied=True) and self.admit(expert):
                     self.cache.arrived(expert)
 
     def prefetch(self, guess: Sequence[ExpertId], link_busy: float) -> list[ExpertId]:
@@ -141,6 +151,10 @@ class CopyMisses:
     def tick(self) -> None:
         self.cache.tick()
 
+    def admit(self, expert: ExpertId) -> bool:
+        """Give `expert` a slot; False where nobody may leave."""
+        return self.cache.admit(expert) is not None
+
     def admits(self, expert: ExpertId, soon: float = 0.0, copied: bool = False) -> bool:
         """Whether `expert` should take the next victim's slot; `soon`: the probability that it is used at once."""
         return True
@@ -152,7 +166,7 @@ class CopyMisses:
         for expert in experts:
             if len(admitted) == room:
                 break
-            if expert not in self.cache and self.admits(expert, soon) and self.cache.admit(expert) is not None:
+            if expert not in self.cache and self.admits(expert, soon) and self.admit(expert):
                 admitted.append(expert)
         return admitted
 
@@ -183,6 +197,11 @@ class Hybrid(CopyMisses):
         super().__init__(slots, costs, routing, "forecast")
         self._worth = Worth()
         self._recall = routing.recall
+        self._ram: ExpertCache | None = None
+        self._dearness = 1.0
+
+    def below(self, ram: ExpertCache, read: float) -> None:
+        self._ram, self._dearness = ram, self.costs.dearness(read)
 
     def split(self, hits: int, in_ram: Sequence[ExpertId], arriving: Arriving, link_busy: float) -> Split:
         ordered = self._worth.ordered(in_ram)
@@ -202,8 +221,16 @@ class Hybrid(CopyMisses):
         super().tick()
         self._worth.tick()
 
+    def admit(self, expert: ExpertId) -> bool:
+        admitted = super().admit(expert)
+        if admitted and self._ram is not None:
+            self._ram.demote(expert)  # two copies are one too many
+        return admitted
+
     def admits(self, expert: ExpertId, soon: float = 0.0, copied: bool = False) -> bool:
-        gain = soon + self._worth.gain(expert, self.cache.next_victim(expert.layer))
+        victim = self.cache.next_victim(expert.layer)
+        elsewhere = victim is None or self._ram is None or victim in self._ram
+        gain = soon + self._worth.gain(expert, victim, 1.0 if elsewhere else self._dearness)
         return worth_admitting(gain, self.costs, copied=copied)
 
 

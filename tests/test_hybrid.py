@@ -183,6 +183,15 @@ def test_gain_is_what_the_newcomer_brings_beyond_its_victim():
     assert worth.gain(often, seldom) == -worth.gain(seldom, often) > 0
 
 
+def test_a_victim_that_would_have_to_be_read_from_disk_is_dearer():
+    often, seldom = SOME[:2]
+    worth = worth_of({often: [*range(50)], seldom: [*range(0, 50, 4)]}, 50)
+    dearness = LAPTOP.dearness(3e-3)
+    assert dearness > 10 and LAPTOP.dearness(0.0) == 1
+    assert worth.gain(often, seldom) > 0 > worth.gain(often, seldom, dearness)
+    assert worth.gain(often, None, dearness) == worth.gain(often, None)
+
+
 def test_admission_pays_above_a_number_of_hits_that_grows_with_the_price_and_a_copy_made_anyway_is_free():
     least = next(n / 100 for n in range(1000) if worth_admitting(n / 100, LAPTOP))
     dearer = replace(LAPTOP, cpu_slowdown=0.4)

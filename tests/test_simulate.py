@@ -201,6 +201,13 @@ def test_the_hybrid_is_no_slower_than_any_single_strategy_on_any_link(link, vram
     require_best(speeds(short_routing(), shape, machine, link), slack=0.005)
 
 
+@pytest.mark.parametrize("link", ["pcie3x4", "pcie4x16"])
+def test_the_hybrid_is_no_slower_either_where_ram_is_too_small_as_well(link):
+    shape = SHAPES["gpt-oss-20b"]._replace(layers=8)
+    machine = replace(MACHINES["laptop-8gb"], vram=int(2.6 * GIB) + 10**9, ram=int(7 * GB))
+    require_best(speeds(short_routing(), shape, machine, link), slack=0.005)
+
+
 @cache
 def real_routing() -> Routing:
     if not COLLECTION.exists():
