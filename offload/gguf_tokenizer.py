@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from .errors import DataError
 from .gguf_config import decimal
@@ -54,9 +54,11 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "deepseek-v3": (r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3),
 }
 """Pre-tokenizer, by the name in `tokenizer.ggml.pre`: patterns that cut the text, one after the other."""
-_DIGITS = ("smollm", "refact", "command-r", "deepseek-llm", "deepseek-coder")
+_WHOLE = ("llama-bpe", "llama3", "tekken")
+"""Pre-tokenizers whose pieces are tokens if the vocabulary has them, whatever the merges would make of them."""
+_DIGITS = ("smollm", "refact", "starcoder", "command-r", "deepseek-llm", "deepseek-coder")
 """Pre-tokenizers that take digits one by one."""
-_PLAIN = ("gpt-2", "olmo", "smollm", "refact", "command-r")
+_PLAIN = ("gpt-2", "mpt", "olmo", "smollm", "refact", "starcoder", "command-r")
 """Pre-tokenizers with GPT-2's own pattern."""
 _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
@@ -100,12 +102,11 @@ def write_tokenizer(file: GgufFile, dest: Path, on_notice: OnNotice = lambda _: 
 
 def _byte_level(file: GgufFile, tokens: list[str], on_notice: OnNotice) -> Any:
     merges = [tuple(merge.split(" ", 1)) for merge in file.fields.get("tokenizer.ggml.merges", ())]
+    name, vocab = str(file.fields.get("tokenizer.ggml.pre", "?")), {token: i for i, token in enumerate(tokens)}
     try:
-        model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=False)
+        tokenizer: Any = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=name in _WHOLE))
     except Exception as error:  # the library's own kind, for merges of tokens that are not there
         raise DataError(f"{file.path} has a damaged tokenizer: {error}") from None
-    tokenizer: Any = Tokenizer(model)
-    name = str(file.fields.get("tokenizer.ggml.pre", "?"))
     if name not in _SPLITS and name not in _PLAIN:
         on_notice(f"the pre-tokenizer {name!r} of {file.path} is not known; text is cut as GPT-2 does")
     patterns = _SPLITS.get(name, ())
@@ -126,9 +127,16 @@ def _sentencepiece(file: GgufFile) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(file.parts[0].parent), gguf_file=file.parts[0].name).backend_tokenizer
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(file.parts[0].parent), gguf_file=file.parts[0].name
+        ).backend_tokenizer
     except Exception as error:  # many kinds, for metadata that do not fit together
         raise DataError(f"{file.path} has a tokenizer that transformers cannot use: {error}") from None
+    # As the models' own tokenizer.json files and llama.cpp do it: a space more in front, also where one is already.
+    prefix = [normalizers.Prepend("▁")] if file.fields.get("tokenizer.ggml.add_space_prefix", True) else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = None
+    return tokenizer
 
 
 def write_generation_config(file: GgufFile, dest: Path) -> None:

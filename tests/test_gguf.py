@@ -306,7 +306,7 @@ def test_special_tokens_outside_the_byte_alphabet_stay_whole_and_the_first_token
     assert tokenizer.encode(f"{ODD}a{ODD}", add_special_tokens=False)[::2] == [1, 1]
 
 
-def test_a_sentencepiece_tokenizer_is_the_one_that_transformers_makes(tmp_path):
+def test_a_sentencepiece_tokenizer_is_the_one_that_transformers_makes_with_a_space_in_front(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
     writer.add_context_length(64)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehlo", "he", "ll", "▁he"]
@@ -322,6 +322,8 @@ def test_a_sentencepiece_tokenizer_is_the_one_that_transformers_makes(tmp_path):
     for text in ("hello", "he llo ab", "ünïcode"):
         assert got.encode(text) == want.encode(text) and got.encode(text)[0] == 1
         assert got.decode(got.encode(text), skip_special_tokens=True).strip() == text
+    space = tokens.index("▁")
+    assert got.encode(" a", add_special_tokens=False)[:2] == [space, space]
 
 
 def test_what_ends_an_answer_and_how_to_sample_are_taken_from_the_file(tmp_path):
