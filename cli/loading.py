@@ -35,6 +35,8 @@ def opened(path: str, options: LoadOptions) -> Iterator[Model]:
     with StageProgress() as progress:
         model = load_model(path, **options.as_keywords(), on_progress=progress.update, on_notice=progress.notice)
     try:
+        if model.vram_plan is not None:
+            say(str(model.vram_plan))
         say(str(model.plan))
         yield model
     finally:

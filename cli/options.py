@@ -54,6 +54,15 @@ class LoadOptions:
         str | None,
         typer.Option(help="Hard limit for the whole process, as 4GB. Default: what the machine has free, less a rest."),
     ] = None
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda|xpu", help="What computes; auto takes a GPU where torch can use one.")
+    ] = OffloadConfig.device
+    vram: Annotated[
+        str | None, typer.Option(help="Hard limit for the GPU's memory, as 7GB. Default: what is free, less a rest.")
+    ] = None
+    deterministic: Annotated[
+        bool, typer.Option(help="With a GPU: compute every expert there, for answers that are equal to the bit.")
+    ] = OffloadConfig.deterministic
     context: Annotated[int | None, typer.Option(help="Tokens that prompt and answers may take together.")] = None
     kv: Annotated[str, typer.Option(metavar="|".join(KV_DTYPES), help="What keys and values are cached in.")] = (
         OffloadConfig.kv

@@ -30,6 +30,12 @@ class OffloadConfig:
 
     ram: int | None = None
     """Hard limit in bytes on the peak resident memory of the whole process."""
+    device: str = "auto"
+    """What computes: cpu, a GPU as torch calls it (cuda, cuda:1, xpu), or auto: a GPU where torch can use one."""
+    vram: int | None = None
+    """Hard limit in bytes on what the process takes of a GPU's memory."""
+    deterministic: bool = False
+    """With a GPU: compute every expert there, so that answers do not depend, to the bit, on what lies where."""
     context: int | None = None
     """Tokens that the KV cache has room for."""
     kv: str = "auto"
@@ -51,6 +57,8 @@ class OffloadConfig:
     """Prompt tokens per forward pass. It decides the shapes of matrix products, and so an answer's last bits."""
     slots: int | None = None
     """Exactly this many expert slots instead of what the budget leaves (for tests and benchmarks)."""
+    vram_slots: int | None = None
+    """The same for the slots of a GPU."""
     trace: str | None = None
     """Record which experts every token chooses in this file, for `pocketmoe replay`."""
     verify: bool = True
@@ -60,16 +68,17 @@ class OffloadConfig:
     def of(cls, **options: Any) -> OffloadConfig:
         """A checked config. Raises UsageError for unknown options and values out of range."""
         require_known(options, [field.name for field in fields(cls)], "option")
-        if options.get("ram") is not None:
-            try:
-                options["ram"] = parse_bytes(options["ram"])
-            except ValueError as error:
-                raise UsageError(f"ram: {error}") from None
+        for name in ("ram", "vram"):
+            if options.get(name) is not None:
+                try:
+                    options[name] = parse_bytes(options[name])
+                except ValueError as error:
+                    raise UsageError(f"{name}: {error}") from None
         config = cls(**options)
         for name, allowed in (("io", IO_MODES), ("kernels", KERNELS), ("kv", KV_DTYPES)):
             if getattr(config, name) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")
-        for name in ("context", "threads", "readers", "prefill_chunk", "slots"):
+        for name in ("context", "threads", "readers", "prefill_chunk", "slots", "vram_slots"):
             value = getattr(config, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a positive whole number, not {value!r}")

@@ -8,6 +8,7 @@ in `pin` alone. `simulated_device.py` has the twin that tests run on.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
@@ -89,6 +90,10 @@ class Device(Protocol):
         ...
 
     def unpin(self, memory: torch.Tensor) -> None: ...
+
+    def clock(self) -> float:
+        """Seconds, for what the caller does meanwhile."""
+        ...
 
     def free_bytes(self) -> int:
         """Memory that can still be taken, what torch holds in reserve included."""
@@ -204,6 +209,9 @@ class TorchDevice:
 
     def unpin(self, memory: torch.Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[union-attr]
+
+    def clock(self) -> float:
+        return time.perf_counter()
 
     def free_bytes(self) -> int:
         module = torch.get_device_module(self.torch_device)

@@ -10,9 +10,8 @@ The caller waits for the device once a layer, to learn what the router has chose
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +60,6 @@ class DeviceRuntime:
         deterministic: every expert is computed on the device, so that answers do not depend, to the bit, on what lies
             where: the CPU's kernels round differently.
         learns: correct the costs by what copies and the CPU really take.
-        clock: seconds, for the work of the CPU.
     """
 
     def __init__(
@@ -74,10 +72,9 @@ class DeviceRuntime:
         costs: TierCosts,
         deterministic: bool = False,
         learns: bool = True,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.device, self.cache, self.slots, self.ram, self.kernels = device, cache, slots, ram, kernels
-        self.costs, self.deterministic, self._learns, self._clock = costs, deterministic, learns, clock
+        self.costs, self.deterministic, self._learns = costs, deterministic, learns
         self._records = not isinstance(ram.recorder, NoRecorder)
         self.stats = DeviceStats(cache.layers, slots.record_bytes, cache.capacity)
         self.worth = Worth()
@@ -201,14 +198,14 @@ class DeviceRuntime:
         if not experts:
             return
         assert step.on_host is not None
-        begin = self._clock()
+        begin = self.device.clock()
         jobs = []
         for expert in experts:
             slot = self.ram.cache.slot_of(expert)
             assert slot is not None, expert
             jobs.append(step.work.job(self.ram.slots.record(slot), expert.index))
         self.ram.kernels[step.layer].run(step.on_host, step.work.rows, jobs, self._from_cpu[: len(step.parts)])
-        seconds = self._clock() - begin
+        seconds = self.device.clock() - begin
         for job in jobs:
             rows = slice(job.start, job.start + job.count)
             self.device.put(step.parts[rows], self._from_cpu[rows])

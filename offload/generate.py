@@ -11,12 +11,14 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from ..cache.stats import RunStats
-from .errors import UsageError
+from .errors import DeviceMemoryError, UsageError
 from .hf_families import STEPWISE
-from .kv_cache import announce_prompt, can_crop, new_kv_cache
+from .kv_cache import announce_prompt, can_crop, new_kv_cache, take_back
 from .lean import LeanDecoder
 from .sampling import Sampler, Sampling
 from .source import OnProgress, Progress
+
+_NO_MEMORY = "the GPU's memory has run out; load with a smaller --vram (it leaves more free), or a shorter --context"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Sequence:
             what remains for torch is too small to share, and its idle threads would spin on the kernels' cores.
         lean: runs single tokens instead of the model's own modules; None = it cannot for this model.
         kv_dtype: what keys and values are kept in; None = the model's dtype.
+        free_memory: makes room on a device that has run out of memory; False when it cannot.
     """
 
     def __init__(
@@ -59,10 +62,12 @@ class Sequence:
         step_threads: int | None = None,
         lean: LeanDecoder | None = None,
         kv_dtype: torch.dtype | None = None,
+        free_memory: Callable[[], bool] = lambda: False,
     ) -> None:
         self._model, self.context, self._chunk = model, context, chunk
         self._step_threads, self._lean, self._kv_dtype = step_threads, lean, kv_dtype
         self._stepwise = model.config.get_text_config().model_type in STEPWISE
+        self._free_memory = free_memory
         self._threads = torch.get_num_threads()
         self.ids: list[int] = []
         """The tokens whose keys and values are cached."""
@@ -100,7 +105,7 @@ class Sequence:
                 if len(part) == 1 and begin and self._lean is not None:
                     logits = self._lean.step(part[0], begin, self._cache)
                 else:
-                    logits = self._forward(part, begin)
+                    logits = self._forward_in_memory(part, begin)
                 self.ids += part
                 fed += len(part)
             except BaseException:
@@ -113,16 +118,29 @@ class Sequence:
         assert logits is not None
         return logits
 
+    def _forward_in_memory(self, ids: list[int], begin: int) -> torch.Tensor:
+        """`_forward`, once more with fewer expert slots if a device runs out of memory."""
+        try:
+            return self._forward(ids, begin)
+        except (DeviceMemoryError, torch.OutOfMemoryError):
+            if not (self._free_memory() and take_back(self._cache, begin)):
+                raise DeviceMemoryError(_NO_MEMORY) from None
+        try:
+            return self._forward(ids, begin)
+        except (DeviceMemoryError, torch.OutOfMemoryError):
+            raise DeviceMemoryError(_NO_MEMORY) from None
+
     def _forward(self, ids: list[int], begin: int) -> torch.Tensor:
         """The model's own forward pass: logits of the last token, [vocabulary]."""
+        device = self._model.device
         output = self._model(
-            input_ids=torch.tensor([ids]),
-            position_ids=torch.arange(begin, begin + len(ids))[None],
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.arange(begin, begin + len(ids), device=device)[None],
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[0, -1]
+        return output.logits[0, -1].cpu()
 
 
 class TextStream:

@@ -34,6 +34,8 @@ from .source import OnNotice
 OLDEST, TESTED = (5, 21), (5, 23)
 """The releases of transformers that this works with at least, and the newest that `make breadth` ran with."""
 
+_CPU = torch.device("cpu")
+
 
 @dataclass
 class Skeleton:
@@ -181,7 +183,10 @@ def largest(config: Any, name: str) -> int:
 
 
 def load_trunk(
-    skeleton: Skeleton, tensors: Iterator[tuple[str, torch.Tensor]], stand_ins: Collection[str] = ()
+    skeleton: Skeleton,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    stand_ins: Collection[str] = (),
+    device: torch.device = _CPU,
 ) -> None:
     """Put trunk tensors into the model, one at a time, then give its computed buffers their values.
 
@@ -206,7 +211,7 @@ def load_trunk(
             )
         module_name, _, leaf = name.rpartition(".")
         module = model.get_submodule(module_name)
-        tensor = tensor.to(skeleton.dtypes[name])
+        tensor = tensor.to(device, skeleton.dtypes[name])
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             module._parameters[leaf]._is_hf_initialized = True  # type: ignore[union-attr]
@@ -216,7 +221,7 @@ def load_trunk(
         missing.discard(name)
     if missing:
         raise DataError(f"trunk tensor {min(missing)} is missing ({len(missing)} in all); convert the checkpoint again")
-    model._move_missing_keys_from_meta_to_device([], {"": "cpu"}, None, None)  # type: ignore[arg-type]
+    model._move_missing_keys_from_meta_to_device([], {"": device}, None, None)  # type: ignore[arg-type]
     model._initialize_missing_keys(False)  # rotary tables and the like; every parameter above is marked as loaded
     tied = {target: source for target, source in model.all_tied_weights_keys.items() if source not in stand_ins}
     replaced = model.all_tied_weights_keys.keys() - tied.keys()
@@ -272,7 +277,7 @@ def find_router_norms(skeleton: Skeleton) -> None:
     attach(skeleton, _no_experts)
     try:
         with torch.inference_mode():
-            skeleton.model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+            skeleton.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=skeleton.model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

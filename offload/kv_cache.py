@@ -183,6 +183,15 @@ def can_crop(cache: DynamicCache) -> bool:
     return type(cache) is DynamicCache and all(type(layer) in (FullLayer, DynamicLayer) for layer in cache.layers)
 
 
+def take_back(cache: DynamicCache, length: int) -> bool:
+    """Undo a forward that was cut short: every layer keeps its first `length` tokens. False where one cannot."""
+    if not can_crop(cache):
+        return False
+    for layer in cache.layers:
+        layer.crop(min(0, length - layer.get_seq_length()))  # type: ignore[union-attr]
+    return True
+
+
 def allocates_ahead(cache: DynamicCache) -> bool:
     """Whether every layer takes all its memory with the first token."""
     return all(isinstance(layer, _Buffers) for layer in cache.layers)

@@ -11,15 +11,18 @@ import torch
 from ..cache.manager import ExpertCache
 from ..cache.policy import get_policy
 from ..cache.stats import RunStats
-from ..quant.native import NativePool
 from . import hf, memory
 from .chat import Conversation
 from .config import OffloadConfig
-from .errors import DataError, MemoryBudgetError, UsageError
+from .device import Device
+from .device_runtime import DeviceRuntime
+from .device_tier import make_device_kernels, make_device_runtime, open_device
+from .errors import DataError, UsageError
 from .experts import make_kernels, open_pool
 from .generate import Chunk, Completion, Sequence, stream_answer
 from .hf_layers import FAMILIES
 from .lean import make_lean_decoder
+from .planning import plan_load
 from .predictor import RouterPredictor
 from .prefetch import NoPrefetch, Prefetcher
 from .recorder import make_recorder
@@ -28,14 +31,13 @@ from .sampling import read_generation_config
 from .source import OnNotice, OnProgress
 from .store import ExpertStore
 from .tiers import RamSlots
+from .tokenizer import load_tokenizer
 from .transfer import ThreadedTransfers
-from .trunk import load_packed_trunk, trunk_bytes
+from .trunk import load_packed_trunk
 from .workspace import Workspace
 
-CONTEXTS = (4096, 3072, 2048, 1536, 1024)
-"""The largest of these that fits is the default context."""
-GROWTH = 32 << 20
-"""What libraries may still load after the first plan."""
+_OUT_OF_MEMORY_STEP = 256 << 20
+"""Bytes of slots that give way when a GPU's memory runs out in the middle of an answer."""
 
 
 class Model:
@@ -47,46 +49,56 @@ class Model:
         config: OffloadConfig,
         on_progress: OnProgress | None = None,
         on_notice: OnNotice | None = None,
+        device: Device | None = None,
     ) -> None:
+        """Use `load`. `device` replaces the one that the config names (for tests)."""
         notice = on_notice or (lambda _: None)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.path, self._notice = path, notice
         self._store = ExpertStore(path, config.io, config.verify, notice)
         try:
-            self._load(config, on_progress, notice)
+            self._load(config, device or open_device(config), on_progress, notice)
         except BaseException:
             self._store.close()
             raise
 
-    def _load(self, config: OffloadConfig, on_progress: OnProgress | None, notice: OnNotice) -> None:
+    def _load(
+        self, config: OffloadConfig, device: Device | None, on_progress: OnProgress | None, notice: OnNotice
+    ) -> None:
         store, manifest = self._store, self._store.manifest
         self._recorder = make_recorder(config.trace, manifest)
         pool = open_pool(config)
         # Packed matrices compute in float32; with half-precision activations each would convert back and forth.
-        packed = manifest.trunk_packed if pool is not None else {}
         hf.check_version(notice)
+        trunk_pool = pool if device is None else None
+        packed = manifest.trunk_packed if trunk_pool is not None else {}
         skeleton = hf.build_skeleton(hf.read_config(self.path), torch.float32 if packed else None)
         if [site.layer for site in skeleton.sites] != manifest.layers:
             raise DataError(f"{self.path}: config.json and pocketmoe.json describe different experts; convert again")
-        self.tokenizer = _load_tokenizer(self.path)
+        self.tokenizer = load_tokenizer(self.path)
         self.sampling, self._ends = read_generation_config(self.path)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self._ends.add(self.tokenizer.eos_token_id)
         plain = skeleton.model.dtype == torch.float32 or bool(packed)
-        lean_is_likely = pool is not None and plain and skeleton.config.model_type in FAMILIES
+        lean_is_likely = trunk_pool is not None and plain and skeleton.config.model_type in FAMILIES
         # Rounding activations to INT8 for each packed matrix loses more than float16 does in the cache.
         half = config.kv == "f16" or (config.kv == "auto" and bool(packed) and lean_is_likely)
         self._kv_dtype = torch.float16 if half else None
         self._workspace = Workspace.of(skeleton, pool is not None, lean_is_likely, converts=half)
-        plan = self._make_plan(skeleton, pool, config)
+        plan, self.vram_plan = plan_load(
+            skeleton, manifest, config, self._workspace, self._kv_dtype, trunk_pool, device, notice
+        )
         needs = plan.needs
-        load_packed_trunk(skeleton, store, pool, on_progress)
+        load_packed_trunk(
+            skeleton, store, trunk_pool, on_progress, torch.device("cpu") if device is None else device.torch_device
+        )
         hf.find_router_norms(skeleton)  # also a first forward: libraries load what they need now, before we measure
         self.plan = plan = self._planned_again(plan)
         self._step_threads = 1 if packed else None
         self.config = config
         self.context = needs.context
+        self._on_device: DeviceRuntime | None = None
         self.transformers_model: Any = skeleton.model
         self._closed = False
         layers = manifest.layers
@@ -117,52 +129,22 @@ class Model:
             self._runtime = ExpertRuntime(
                 cache, slots, transfers, kernels, self._stats, ahead, predictor, self._recorder
             )
-            hf.attach(skeleton, lambda site, x, index, weights: self._runtime.run_layer(site.index, x, index, weights))
-            self._lean = make_lean_decoder(skeleton, pool, self._runtime, notice)
+            self._lean = make_lean_decoder(skeleton, pool, self._runtime, notice) if device is None else None
             self._workspace = self._workspace._replace(lean=self._lean is not None)
             self._hold_to_plan()
+            if device is not None and self.vram_plan is not None:
+                widths = [site.layer.shape.hidden for site in skeleton.sites]
+                above = make_device_kernels(skeleton.sites, manifest, notice)
+                self._on_device = make_device_runtime(
+                    device, self.vram_plan, self._runtime, above, config, widths, notice
+                )
+            top = self._on_device or self._runtime
+            hf.attach(skeleton, lambda site, x, index, weights: top.run_layer(site.index, x, index, weights))
         except BaseException:
             transfers.close()  # its threads would wait for ever
             raise
         self.transformers_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self.transformers_model.register_forward_hook(self._after_forward, always_call=True)
-
-    def _make_plan(self, skeleton: hf.Skeleton, pool: NativePool | None, config: OffloadConfig) -> memory.MemoryPlan:
-        """The first plan, before anything large is read, for the context that was asked for or the largest usual one
-        that the budget has room for."""
-        store, manifest = self._store, self._store.manifest
-        longest = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or CONTEXTS[0]
-        if config.context and config.context > longest:
-            raise UsageError(
-                f"context {config.context:,} is more than the {longest:,} tokens that this model was made for"
-            )
-        contexts = [config.context] if config.context else sorted({min(longest, c) for c in CONTEXTS}, reverse=True)
-        memory.return_freed_memory()  # this process may have done other work before
-        program, refusal = memory.resident_bytes(), None
-        for context in contexts:
-            needs = memory.Needs(
-                program=program,
-                trunk=trunk_bytes(manifest, skeleton, pool),
-                kv=hf.measure_kv_bytes(skeleton, context, config.prefill_chunk, self._kv_dtype),
-                workspace=self._workspace.bytes(min(config.prefill_chunk, context), context),
-                step=self._workspace.bytes(1, context),
-                record=store.record_bytes,
-                experts=manifest.num_experts,
-                floor=sum(layer.top_k for layer in manifest.layers),
-                context=context,
-            )
-            try:
-                plan = memory.make_plan(needs, config.ram, config.slots)
-                if context != contexts[0]:  # not so close that what libraries load later would not fit
-                    memory.make_plan(needs._replace(program=program + GROWTH), config.ram, config.slots)
-            except MemoryBudgetError as error:
-                refusal = refusal or error
-                continue
-            if context != contexts[0]:
-                self._notice(f"the budget has room for a context of {context:,} tokens, not for {contexts[0]:,}")
-            return plan
-        assert refusal is not None
-        raise refusal
 
     # Text in, text out
 
@@ -245,6 +227,7 @@ class Model:
             self._step_threads,
             self._lean,
             self._kv_dtype,
+            self._free_device_memory,
         )
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -278,7 +261,8 @@ class Model:
         needs = plan.needs
         program = max(needs.program, memory.resident_bytes() - needs.trunk)
         step = self._workspace.bytes(1, needs.context)
-        return memory.adjust(plan, needs._replace(program=program, step=step))
+        workspace = needs.workspace if self.vram_plan is None else step  # there, it was for the trunk passing through
+        return memory.adjust(plan, needs._replace(program=program, step=step, workspace=workspace))
 
     def _hold_to_plan(self) -> None:
         """Plan once more now that everything but experts and KV cache is in memory."""
@@ -292,7 +276,7 @@ class Model:
         """A prompt borrows its workspace from the experts' slots."""
         given = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         tokens = given.shape[0] * given.shape[1] if torch.is_tensor(given) else self.config.prefill_chunk
-        if tokens > 1:
+        if tokens > 1 and self._on_device is None:
             cache = kwargs.get("past_key_values")
             length = tokens + (cache.get_seq_length() if cache is not None else 0)
             slots = min(self._slots, self.plan.slots_beside(self._workspace.bytes(tokens, length)))
@@ -308,10 +292,21 @@ class Model:
     def _after_step(self) -> None:
         """Hold the budget: if something else in the process grew, slots give way."""
         over = memory.resident_bytes() - self.plan.budget
+        if self._on_device is not None:  # pinned slots cannot be given back
+            return
         if over > 0 and (slots := self._slots - -(-over // self._store.record_bytes)) >= self.plan.needs.floor:
             self._runtime.resize(slots)
             self._slots = self._stats.slots = slots
             self._notice(f"memory grew beyond the plan: {slots:,} expert slots remain")
+
+    def _free_device_memory(self) -> bool:
+        """Something on the device has run out of memory: slots give way. False when none can."""
+        if self._on_device is None:
+            return False
+        freed = self._on_device.shrink(-(-_OUT_OF_MEMORY_STEP // self._store.record_bytes))
+        if freed:
+            self._notice(f"the GPU's memory ran out: {self._on_device.cache.capacity:,} expert slots remain there")
+        return freed > 0
 
     def stats(self, advice: bool = False) -> RunStats:
         """A snapshot of the counters since the load or the last `reset_stats`.
@@ -330,10 +325,16 @@ class Model:
     def reset_stats(self) -> None:
         self._stats.reset()
         self._runtime.history.clear()
+        if self._on_device is not None:
+            self._on_device.stats.reset()
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the cache's books or the statistics do not add up (for tests)."""
         self._runtime.prefetch.drain()
+        if self._on_device is not None:
+            self._on_device.drain()
+            self._on_device.cache.check_integrity(idle=True)
+            self._on_device.stats.check()
         self._runtime.cache.check_integrity(idle=True)
         self._stats.check()
 
@@ -341,7 +342,7 @@ class Model:
         """Stop the reading threads and give the memory back. The model cannot be used afterwards."""
         if not self._closed:
             self._closed = True
-            self._runtime.close()
+            (self._on_device or self._runtime).close()
             self._store.close()
             self._recorder.close()
 
@@ -350,15 +351,3 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "tekken.json", "vocab.txt")
-    if not any((path / name).is_file() for name in names):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds
-        raise DataError(f"{path}: the tokenizer cannot be loaded: {error}") from None

@@ -156,6 +156,9 @@ class SimulatedDevice:
     def unpin(self, memory: torch.Tensor) -> None:
         pass
 
+    def clock(self) -> float:
+        return self.now
+
     def free_bytes(self) -> int:
         return self.capacity - self.allocated_bytes
 

@@ -15,11 +15,18 @@ from .manifest import Manifest
 from .source import OnProgress
 from .store import ExpertStore
 
+_CPU = torch.device("cpu")
+
 
 def load_packed_trunk(
-    skeleton: Skeleton, store: ExpertStore, pool: NativePool | None, on_progress: OnProgress | None
+    skeleton: Skeleton,
+    store: ExpertStore,
+    pool: NativePool | None,
+    on_progress: OnProgress | None,
+    device: torch.device = _CPU,
 ) -> None:
-    """Load a store's trunk. Packed matrices stay packed where there are native kernels, else they are dequantised."""
+    """Load a store's trunk. Packed matrices stay packed where there are native kernels, else they are dequantised, on
+    `device`."""
     entries, model = store.manifest.trunk_packed, skeleton.model
     packed: dict[str, PackedMatrix] = {}
     ties = dict(model.all_tied_weights_keys)
@@ -30,14 +37,14 @@ def load_packed_trunk(
                 yield name, tensor
                 continue
             entry = entries[name]
-            matrix = PackedMatrix(tensor, entry.rows, entry.cols, matrix_format(entry.format))
+            matrix = PackedMatrix(tensor.to(device), entry.rows, entry.cols, matrix_format(entry.format))
             if pool is None:
                 yield name, matrix.dequantize(skeleton.dtypes[name])
             else:
                 packed[name] = matrix
                 _replace(model, name, matrix, pool)
 
-    load_trunk(skeleton, plain(), stand_ins=set() if pool is None else set(entries))
+    load_trunk(skeleton, plain(), stand_ins=set() if pool is None else set(entries), device=device)
     if pool is not None:
         for target, source in ties.items():
             if source in packed:
@@ -52,6 +59,12 @@ def trunk_bytes(manifest: Manifest, skeleton: Skeleton, pool: NativePool | None)
             total += entry.rows * entry.cols * skeleton.dtypes[name].itemsize
             total -= matrix_format(entry.format).nbytes(entry.rows, entry.cols)
     return total
+
+
+def largest_packed(manifest: Manifest) -> int:
+    """Bytes of the largest packed matrix."""
+    sizes = (matrix_format(e.format).nbytes(e.rows, e.cols) for e in manifest.trunk_packed.values())
+    return max(sizes, default=0)
 
 
 def _replace(model: Any, name: str, matrix: PackedMatrix, pool: NativePool) -> None:

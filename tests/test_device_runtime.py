@@ -54,7 +54,6 @@ class World:
             costs,
             deterministic,
             learns=False,
-            clock=lambda: self.device.now,
         )
 
     def run(self, layer: int, index: torch.Tensor) -> torch.Tensor:

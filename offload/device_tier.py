@@ -1,0 +1,156 @@
+"""A device above the RAM tier: which one, what fits there, and what each way to compute an expert costs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+from ..cache.hybrid import Cost, TierCosts
+from ..cache.manager import ExpertCache
+from ..cache.policy import get_policy
+from ..cache.units import format_bytes
+from ..quant.kernels import ExpertJob, ExpertKernels, TorchKernels
+from .config import OffloadConfig
+from .device import Device, TorchDevice, default_device
+from .device_runtime import DeviceRuntime
+from .errors import MemoryBudgetError
+from .hf import MoeSite
+from .manifest import Manifest
+from .placement import CUDA_CONTEXT, VramNeeds, VramPlan, plan_vram
+from .runtime import ExpertRuntime
+from .source import OnNotice
+from .tiers import DeviceSlots
+
+LEAVE_FREE = 0.08
+"""Share of the free memory of a device that an automatic budget leaves: screens, and what libraries take late."""
+_TIMED = 5
+_CPU_SHARE = 0.3
+"""Share of its speed that the CPU is taken to lose while a copy reads the same RAM, until somebody measures it."""
+
+
+def open_device(config: OffloadConfig) -> Device | None:
+    """What computes, if it is not the CPU. Raises UsageError when it does not exist."""
+    name = default_device() if config.device == "auto" else config.device
+    return None if name == "cpu" else TorchDevice(name)
+
+
+def plan_device(device: Device, config: OffloadConfig, needs: VramNeeds) -> VramPlan:
+    """Divide the device's memory, before anything is put there.
+
+    Args:
+        needs: its `program` is what a process holds on such a device by itself.
+
+    Raises:
+        MemoryBudgetError: more was asked for than is free, or the trunk and a slot for each layer do not fit; says
+            what would.
+    """
+    free = device.free_bytes()
+    if config.vram is None:
+        return plan_vram(needs._replace(program=0), int(free * (1 - LEAVE_FREE)), config.vram_slots)
+    if config.vram > free + needs.program:
+        most = (free + needs.program) // 10_000_000 * 10
+        raise MemoryBudgetError(
+            f"--vram {format_bytes(config.vram)} is more than {device.name} has free ({format_bytes(free)}); "
+            f"use --vram {most}MB or less, or close what else uses the GPU"
+        )
+    return plan_vram(needs, config.vram, config.vram_slots)
+
+
+def device_needs(trunk: int, kv: int, workspace: int, record: int, manifest: Manifest, context: int) -> VramNeeds:
+    """What a model asks of a device; one slot for each layer is the least."""
+    return VramNeeds(
+        trunk=trunk,
+        kv=kv,
+        workspace=workspace,
+        record=record,
+        experts=manifest.num_experts,
+        context=context,
+        floor=len(manifest.layers),
+        program=CUDA_CONTEXT,
+    )
+
+
+def make_device_kernels(sites: list[MoeSite], manifest: Manifest, on_notice: OnNotice) -> list[ExpertKernels]:
+    """One kernel per MoE layer for tensors of a device."""
+    codec, layouts = manifest.codec_and_layouts()
+    return [TorchKernels(codec, layout, site.apply_gate) for site, layout in zip(sites, layouts, strict=True)]
+
+
+def make_device_runtime(
+    device: Device,
+    plan: VramPlan,
+    ram: ExpertRuntime,
+    kernels: list[ExpertKernels],
+    config: OffloadConfig,
+    hidden: Sequence[int],
+    on_notice: OnNotice,
+) -> DeviceRuntime:
+    """The tier above `ram`: takes the slots, pins the RAM below and measures what copies and kernels cost.
+
+    Args:
+        hidden: the width of each MoE layer.
+
+    Raises:
+        MemoryBudgetError: the device has no room even for a slot for each layer.
+    """
+    layers, record, top_k = ram.cache.layers, ram.slots.record_bytes, ram.cache.floor
+    refusal = ram.slots.pin(device)
+    if refusal:
+        on_notice(f"RAM cannot be pinned ({refusal}): copies to {device.name} will be slower.")
+    workspace = device.empty((plan.needs.workspace,), torch.uint8)  # so that slots do not take it
+    slots = DeviceSlots(device, plan.slots, record)
+    del workspace
+    if slots.capacity < layers:
+        raise MemoryBudgetError(
+            f"{device.name} has run out of memory after {slots.capacity} expert slots of {format_bytes(record)}, "
+            f"{layers} are needed; use a smaller --context, or --device cpu"
+        )
+    if slots.capacity < plan.slots:
+        on_notice(f"{device.name} has room for {slots.capacity:,} of the {plan.slots:,} expert slots that were planned")
+    floor = max(1, min(top_k, slots.capacity // layers))
+    cache = ExpertCache(slots.capacity, get_policy(config.policy, slots.capacity, layers * floor), layers, floor)
+    costs = measure_costs(device, slots, ram, kernels[0], hidden[0])
+    return DeviceRuntime(device, cache, slots, ram, kernels, costs, config.deterministic)
+
+
+def measure_costs(
+    device: Device, slots: DeviceSlots, ram: ExpertRuntime, kernel: ExpertKernels, hidden: int
+) -> TierCosts:
+    """What one token's experts take each way, on slots that hold nothing yet.
+
+    Two sizes of a call tell what it costs at all from what each expert adds.
+    """
+    most = min(ram.cache.floor, slots.capacity)
+    on_host, rows = torch.zeros(1, hidden), torch.zeros(most, dtype=torch.int32)
+    for i in range(most):
+        ram.slots.record(i).zero_()
+        device.copy_in(slots.record(i), ram.slots.record(i), ()).wait()
+    copies = [device.copy_in(slots.record(0), ram.slots.record(0), ()) for _ in range(_TIMED)]
+    copies[-1].wait()
+    copy = Cost(0.0, median(mark.seconds() for mark in copies))
+
+    x, places, out = (device.empty(t.shape, t.dtype) for t in (on_host, rows, torch.empty(most, hidden)))
+    device.put(x, on_host)
+    device.put(places, rows)
+    jobs = [ExpertJob(slots.record(i), i, 1) for i in range(most)]
+    gpu = _cost(lambda n: device.seconds(lambda: kernel.run(x, places, jobs[:n], out)), most)
+
+    below = [ExpertJob(ram.slots.record(i), i, 1) for i in range(most)]
+    parts = torch.empty(most, hidden)
+
+    def on_cpu(count: int) -> float:
+        begin = device.clock()
+        ram.kernels[0].run(on_host, rows, below[:count], parts)
+        return device.clock() - begin
+
+    return TierCosts(copy, _cost(on_cpu, most), gpu, _CPU_SHARE)
+
+
+def _cost(seconds: Callable[[int], float], most: int) -> Cost:
+    """A fixed and a proportional part, from calls over one expert and over `most`."""
+    seconds(most)  # the first call may compile
+    one, many = (median(seconds(count) for _ in range(_TIMED)) for count in (1, most))
+    each = max(0.0, many - one) / max(1, most - 1)
+    return Cost(max(0.0, one - each), each)

@@ -1,0 +1,25 @@
+"""The tokenizer that comes with a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+
+
+def load_tokenizer(path: Path) -> Any:
+    """None when the directory has none. Code that ships with one is never run.
+
+    Raises:
+        DataError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "tekken.json", "vocab.txt")
+    if not any((path / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds
+        raise DataError(f"{path}: the tokenizer cannot be loaded: {error}") from None
