@@ -21,7 +21,7 @@ Trunk = Annotated[
 Codec = Annotated[
     str | None,
     typer.Option(
-        help="Record format: int4-g32, -g64 or -g128 (each also -asym), mxfp4, bf16, f16, f32. "
+        help="Record format: int4-g32, -g64 or -g128 (each also -asym), mxfp4, nf4, bf16, f16, f32. "
         "Default: what keeps the values of experts that ship packed, else int4-g32."
     ),
 ]

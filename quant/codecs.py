@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from . import int4, mxfp4
+from . import int4, mxfp4, nf4
 from .int4 import Int4Matrix, MapPieces
 from .mxfp4 import Mxfp4Format, Mxfp4Matrix
 
@@ -126,6 +126,23 @@ class Mxfp4Codec:
 
 
 @dataclass(frozen=True)
+class Nf4Codec:
+    """Packed NF4 of `nf4.py`, which bitsandbytes decodes on GPUs."""
+
+    name: str = "nf4"
+    lossless: bool = False
+
+    def part_nbytes(self, shape: tuple[int, ...]) -> int:
+        return nf4.nbytes(*shape) if len(shape) == 2 else shape[0] * 4
+
+    def encode_matrix(self, weight: torch.Tensor, run: MapPieces = map) -> torch.Tensor:
+        return nf4.quantize(weight)
+
+    def decode_matrix(self, data: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        return nf4.dequantize(data, *shape, dtype)
+
+
+@dataclass(frozen=True)
 class RawCodec:
     """The weights themselves: lossless when the checkpoint has the same dtype."""
 
@@ -151,6 +168,7 @@ _CODECS: dict[str, Codec] = {
     for codec in (
         *(Int4Codec(int4.Int4Format(group, symmetric)) for group in int4.GROUPS for symmetric in (True, False)),
         Mxfp4Codec(),
+        Nf4Codec(),
         RawCodec("bf16", torch.bfloat16),
         RawCodec("f16", torch.float16),
         RawCodec("f32", torch.float32),

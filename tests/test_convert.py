@@ -40,6 +40,7 @@ def notices():
 def test_a_converted_store_verifies_and_holds_each_expert_as_its_codec_encodes_it(tmp_path, codec):
     source = FakeSource()
     dest = convert(source, tmp_path / "store", codec)
+    most = 0.6 if codec == "nf4" else 0.4  # NF4's last step is 0.3 of a block's largest magnitude
     assert verify_store(dest) == []
     store = ExpertStore(dest)
     found, layouts = store.manifest.codec_and_layouts()
@@ -51,7 +52,7 @@ def test_a_converted_store_verifies_and_holds_each_expert_as_its_codec_encodes_i
         for name, tensor in decode_expert(found, layouts[0], record).items():
             if found.lossless and codec == "f32":
                 assert torch.equal(tensor, weights[name])
-            assert (tensor - weights[name]).abs().max() < 0.4
+            assert (tensor - weights[name]).abs().max() < most
     store.close()
 
 
