@@ -12,7 +12,7 @@ class DeviceLayerStats:
 
     requests: int = 0
     hits: int = 0
-    """Resident on the device, or on the way there, when the router chose them."""
+    """Computed from where they lay on the device when the router chose them, or were about to arrive."""
     copied: int = 0
     """Copied up to be computed on the device."""
     on_cpu: int = 0
@@ -44,8 +44,10 @@ class DeviceStats:
     def record_copied(self, layer: int, count: int) -> None:
         self.per_layer[layer].copied += count
 
-    def record_cpu(self, layer: int, count: int) -> None:
+    def record_cpu(self, layer: int, count: int, late: int = 0) -> None:
+        """The CPU computed `count` experts; `late` of them had been counted as hits, but had not arrived yet."""
         self.per_layer[layer].on_cpu += count
+        self.per_layer[layer].hits -= late
 
     def record_admitted(self, layer: int) -> None:
         self.per_layer[layer].admitted += 1

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from ..quant.triton_kernels import CAPABILITY
 from .errors import DeviceMemoryError, UsageError
 
 _ALIGNMENT = 64
@@ -43,6 +44,8 @@ class Device(Protocol):
 
     name: str
     torch_device: torch.device
+    lacks: str | None
+    """Why the GPU kernels cannot run there; None if they can."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory on the device, of undefined content. Raises DeviceMemoryError."""
@@ -136,6 +139,7 @@ class TorchDevice:
     def __init__(self, name: str) -> None:
         self.torch_device = require_device(name)
         self.name = str(self.torch_device)
+        self.lacks = _obstacle(self.torch_device)
         torch.accelerator.set_device_index(self.torch_device.index or 0)
         self._copies = torch.Stream(device=self.torch_device)
         self._staging = torch.empty(0, dtype=torch.uint8)
@@ -236,6 +240,15 @@ def require_device(name: str) -> torch.device:
         there = ", ".join(f"{default_device()}:{i}" for i in range(torch.accelerator.device_count())) or "no GPU at all"
         raise UsageError(f"device {name!r} does not exist: torch {torch.__version__} sees {there}; use --device cpu")
     return torch.device(device.type, device.index or 0)
+
+
+def _obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"The GPU kernels have not been made to work on {device.type}."
+    if torch.version.hip is None and (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
+        has, needs = (".".join(map(str, pair)) for pair in (found, CAPABILITY))
+        return f"{torch.cuda.get_device_name(device)} has compute capability {has}, the GPU kernels need {needs}."
+    return None
 
 
 def default_device() -> str:

@@ -31,6 +31,9 @@ from .uploads import Uploads
 _LAST_TOKENS = 32
 """Of a prompt: what they chose, the answer will want."""
 
+_DISK = 1.5e9
+"""Bytes per second of a disk that nobody has measured yet."""
+
 
 @dataclass
 class _Step:
@@ -78,6 +81,8 @@ class DeviceRuntime:
         self._records = not isinstance(ram.recorder, NoRecorder)
         self.stats = DeviceStats(cache.layers, slots.record_bytes, cache.capacity)
         self.worth = Worth()
+        self._read_s = slots.record_bytes / _DISK
+        """What the read of one record takes."""
         self.uploads = Uploads(device, slots, ram.cache, ram.slots)
         self._below = _Below(ram, self.uploads)
         self._wave = max(1, cache.floor // 2)
@@ -109,12 +114,19 @@ class DeviceRuntime:
         step = self._step(layer, work, hidden, got.get("hidden"))
         self._run_experts(step, got["guess"].reshape(-1).tolist() if "guess" in got else ())
         if layer == self.cache.layers - 1:
-            for cache in (self.cache, ram.cache, self.worth):
-                cache.tick()
+            self._tick()
         places, order = (self._put(index) for index in (work.places, work.order))
         self.device.join()
         summed = combine(step.parts, work._replace(places=places, order=order), top_k_weights)
         return summed.to(hidden_states.dtype)
+
+    def _tick(self) -> None:
+        """One token is done."""
+        for part in (self.cache, self.ram.cache, self.worth):
+            part.tick()
+        reads = self.ram.stats.total("demand_reads") + self.ram.stats.total("prefetch_reads")
+        if reads:
+            self._read_s = self.ram.stats.read_busy_s / reads
 
     @property
     def wants_guesses(self) -> bool:
@@ -145,7 +157,6 @@ class DeviceRuntime:
         late = sum(map(ram.cache.is_arriving, below.misses))
         everything = Lookup(wanted.hits + below.hits, below.misses)
         ram.stats.record(layer, everything, late, ram.prefetch.first_uses(below.hits))
-        self.stats.record(layer, len(wanted.hits), len(work.experts))
         if single:
             self.worth.use(wanted.hits + wanted.misses)
             ram.history.record(layer, everything.hits + everything.misses)
@@ -155,28 +166,46 @@ class DeviceRuntime:
             if guess:
                 below_it = [index for index in guess if self.cache.slot_of(ExpertId(layer + 1, index)) is None]
                 ram.prefetch.request(layer + 1, below_it)
-            self._on_device(step, wanted.hits)
-            self._misses(step, below.hits, len(wanted.hits))
+            here, arriving = self._arrivals(wanted.hits, wait=not single or self.deterministic)
+            self.stats.record(layer, len(wanted.hits), len(work.experts))
+            self._on_device(step, here)
+            self._misses(step, below.hits, len(here), arriving)
             reads.release(below.hits)
             while ready := reads.next():
-                self._misses(step, ready, 0)
+                self._misses(step, ready)
                 reads.release(ready)
         finally:
             reads.close()
 
-    def _misses(self, step: _Step, experts: Sequence[ExpertId], hits: int) -> None:
-        """Experts that lie in RAM, while the device computes `hits` others."""
-        if not experts:
+    def _arrivals(self, hits: Sequence[ExpertId], wait: bool) -> tuple[list[ExpertId], list[tuple[float, ExpertId]]]:
+        """Those of the hits that have arrived, or are waited for in any case, and the others with the seconds until
+        each arrives."""
+        due = {expert: 0 if wait else self.uploads.position(expert) for expert in hits}
+        late = sorted((place, expert) for expert, place in due.items() if place)
+        here = [expert for expert, place in due.items() if not place]
+        return here, [(place * self.costs.copy.each, expert) for place, expert in late]
+
+    def _misses(
+        self,
+        step: _Step,
+        experts: Sequence[ExpertId],
+        hits: int = 0,
+        arriving: Sequence[tuple[float, ExpertId]] = (),
+    ) -> None:
+        """Experts that lie in RAM, and some that are on their way up, while the device computes `hits` others."""
+        if not experts and not arriving:
             return
         if step.on_host is None or self.deterministic:
             self._stream(step, experts)
             return
         busy = len(self.uploads) * self.costs.copy.each
         order = self.worth.ordered(experts)
-        copied, on_cpu = split_misses(hits, order, self.costs, link_busy=busy, most=self.cache.floor)
+        copied, on_cpu = split_misses(hits, order, self.costs, arriving=arriving, link_busy=busy, most=self.cache.floor)
+        self._on_device(step, [expert for _, expert in arriving if expert not in on_cpu])
         self._stream(step, copied)
         self._on_cpu(step, on_cpu)
-        self._admit(step.layer, on_cpu)
+        self.stats.record_cpu(step.layer, len(on_cpu), late=sum(expert in on_cpu for _, expert in arriving))
+        self._admit(step.layer, [expert for expert in on_cpu if self.cache.slot_of(expert) is None])
 
     # The two ways to compute
 
@@ -210,7 +239,6 @@ class DeviceRuntime:
             rows = slice(job.start, job.start + job.count)
             self.device.put(step.parts[rows], self._from_cpu[rows])
         self.ram.stats.record_compute(seconds)
-        self.stats.record_cpu(step.layer, len(experts))
         if self._learns and not len(self.uploads):
             self.costs = self.costs.corrected(cpu=Measured(len(experts), seconds))
 
@@ -242,7 +270,9 @@ class DeviceRuntime:
     def _admit(self, layer: int, computed: Sequence[ExpertId]) -> None:
         """Bring up those of the experts that the CPU has computed which are worth more than who would leave."""
         for expert in computed[: upload_budget(self.costs, len(self.uploads) * self.costs.copy.each)]:
-            gain = self.worth.gain(expert, self.cache.next_victim(layer))
+            victim = self.cache.next_victim(layer)
+            on_disk = victim is not None and self.ram.cache.slot_of(victim) is None
+            gain = self.worth.gain(expert, victim, self.costs.dearness(self._read_s) if on_disk else 1.0)
             if worth_admitting(gain, self.costs):
                 self._bring(expert, transient=False)
                 self.stats.record_admitted(layer)

@@ -11,12 +11,11 @@ from ..cache.hybrid import Cost, TierCosts
 from ..cache.manager import ExpertCache
 from ..cache.policy import get_policy
 from ..cache.units import format_bytes
-from ..quant.kernels import ExpertJob, ExpertKernels, TorchKernels
+from ..quant.kernels import ExpertJob, ExpertKernels
 from .config import OffloadConfig
 from .device import Device, TorchDevice, default_device
 from .device_runtime import DeviceRuntime
 from .errors import MemoryBudgetError
-from .hf import MoeSite
 from .manifest import Manifest
 from .placement import CUDA_CONTEXT, VramNeeds, VramPlan, plan_vram
 from .runtime import ExpertRuntime
@@ -26,8 +25,7 @@ from .tiers import DeviceSlots
 LEAVE_FREE = 0.08
 """Share of the free memory of a device that an automatic budget leaves: screens, and what libraries take late."""
 _TIMED = 5
-_CPU_SHARE = 0.3
-"""Share of its speed that the CPU is taken to lose while a copy reads the same RAM, until somebody measures it."""
+_MOST_SLOWDOWN = 0.6
 
 
 def open_device(config: OffloadConfig) -> Device | None:
@@ -70,12 +68,6 @@ def device_needs(trunk: int, kv: int, workspace: int, record: int, manifest: Man
         floor=len(manifest.layers),
         program=CUDA_CONTEXT,
     )
-
-
-def make_device_kernels(sites: list[MoeSite], manifest: Manifest, on_notice: OnNotice) -> list[ExpertKernels]:
-    """One kernel per MoE layer for tensors of a device."""
-    codec, layouts = manifest.codec_and_layouts()
-    return [TorchKernels(codec, layout, site.apply_gate) for site, layout in zip(sites, layouts, strict=True)]
 
 
 def make_device_runtime(
@@ -145,7 +137,10 @@ def measure_costs(
         ram.kernels[0].run(on_host, rows, below[:count], parts)
         return device.clock() - begin
 
-    return TierCosts(copy, _cost(on_cpu, most), gpu, _CPU_SHARE)
+    cpu = _cost(on_cpu, most)
+    # The CPU computes as fast as it reads, and loses to a copy what that takes of the memory's speed.
+    slowdown = min(_MOST_SLOWDOWN, cpu.each / copy.each) if copy.each else 0.0
+    return TierCosts(copy, cpu, gpu, slowdown)
 
 
 def _cost(seconds: Callable[[int], float], most: int) -> Cost:

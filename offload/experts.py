@@ -11,7 +11,10 @@ from ..quant.activations import Activation
 from ..quant.codecs import packed_format
 from ..quant.kernels import ExpertJob, ExpertKernels, TorchKernels
 from ..quant.native import NativeKernels, NativePool, load_native, why_missing
+from ..quant.triton_kernels import TritonKernels, load_triton
+from ..quant.triton_kernels import why_missing as why_no_triton
 from .config import OffloadConfig
+from .device import Device
 from .errors import UsageError
 from .hf import MoeSite
 from .manifest import Manifest
@@ -58,6 +61,29 @@ def make_kernels(
         raise UsageError(f"native kernels were asked for: {obstacle}")
     if config.kernels == "auto" and fmt is not None:  # who takes records that are not packed does not ask for speed
         on_notice(f"{obstacle} Using torch for the experts meanwhile, which is several times slower.")
+    return [
+        _with_norm(site, TorchKernels(codec, layout, site.apply_gate))
+        for site, layout in zip(sites, layouts, strict=True)
+    ]
+
+
+def make_device_kernels(
+    sites: list[MoeSite], manifest: Manifest, config: OffloadConfig, device: Device, on_notice: OnNotice
+) -> list[ExpertKernels]:
+    """One kernel per MoE layer, for experts in the memory of a device."""
+    codec, layouts = manifest.codec_and_layouts()
+    fmt, activations = packed_format(codec), _native_activations(sites)
+    obstacle = device.lacks
+    if obstacle is None and load_triton() is None:
+        obstacle = why_no_triton()
+    if obstacle is None and fmt is not None and activations and config.kernels != "torch":
+        return [
+            _with_norm(site, TritonKernels(fmt, layout, site.layer.shape, activation))
+            for site, layout, activation in zip(sites, layouts, activations, strict=True)
+        ]
+    if config.kernels != "torch" and fmt is not None:
+        obstacle = obstacle or f"The GPU kernels lack the activation of {type(sites[0].experts).__name__}."
+        on_notice(f"{obstacle} Experts on {device.name} are dequantised for every use, which is many times slower.")
     return [
         _with_norm(site, TorchKernels(codec, layout, site.apply_gate))
         for site, layout in zip(sites, layouts, strict=True)

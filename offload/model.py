@@ -16,9 +16,9 @@ from .chat import Conversation
 from .config import OffloadConfig
 from .device import Device
 from .device_runtime import DeviceRuntime
-from .device_tier import make_device_kernels, make_device_runtime, open_device
+from .device_tier import make_device_runtime, open_device
 from .errors import DataError, UsageError
-from .experts import make_kernels, open_pool
+from .experts import make_device_kernels, make_kernels, open_pool
 from .generate import Chunk, Completion, Sequence, stream_answer
 from .hf_layers import FAMILIES
 from .lean import make_lean_decoder
@@ -134,7 +134,7 @@ class Model:
             self._hold_to_plan()
             if device is not None and self.vram_plan is not None:
                 widths = [site.layer.shape.hidden for site in skeleton.sites]
-                above = make_device_kernels(skeleton.sites, manifest, notice)
+                above = make_device_kernels(skeleton.sites, manifest, config, device, notice)
                 self._on_device = make_device_runtime(
                     device, self.vram_plan, self._runtime, above, config, widths, notice
                 )

@@ -81,6 +81,7 @@ class SimulatedDevice:
 
     name = "simulated"
     torch_device = torch.device("cpu")
+    lacks: str | None = "The simulated device has no GPU kernels."
 
     def __init__(
         self,

@@ -38,6 +38,10 @@ class Uploads:
     def __len__(self) -> int:
         return len(self._flying)
 
+    def position(self, expert: ExpertId) -> int:
+        """How many copies have to end until this expert has arrived; 0 when none is under way."""
+        return next((i for i, copy in enumerate(self._flying, 1) if copy.expert == expert), 0)
+
     def start(self, expert: ExpertId, slot: int) -> None:
         """Queue the copy of an expert that lies in RAM to a slot on the device, whatever that slot held before."""
         source = self._below.slot_of(expert)

@@ -11,6 +11,7 @@ from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DeviceMemoryError, MemoryBudgetError, UsageError
 from pocketmoe.offload.model import Model
 from pocketmoe.offload.simulated_device import SimulatedDevice, Speeds
+from pocketmoe.quant.triton_kernels import load_triton, why_missing
 
 HASTY = Speeds(link=2e7, jitter=5.0, kernel=1e-4)
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
@@ -33,9 +34,9 @@ def device_slots(model: Model) -> int:
     return model._on_device.cache.capacity
 
 
-def answer(model: Model, count: int = 6) -> list[torch.Tensor]:
-    """The logits of a prompt in two pieces, and of a greedy answer."""
-    ids = torch.randint(3, tiny.VOCABULARY, (23,), generator=torch.Generator().manual_seed(3)).tolist()
+def answer(model: Model, count: int = 6, prompt: int = 23) -> list[torch.Tensor]:
+    """The logits of a prompt (in two pieces) and of a greedy answer."""
+    ids = torch.randint(3, tiny.VOCABULARY, (prompt,), generator=torch.Generator().manual_seed(3)).tolist()
     sequence = model.new_sequence()
     out = [sequence.feed(ids)]
     for _ in range(count):
@@ -129,3 +130,19 @@ def test_ram_that_cannot_be_pinned_is_said_once(store):
     with Model(store, config, on_notice=notices.append, device=SimulatedDevice(may_pin=False)) as model:
         answer(model)
     assert sum("pinned" in notice for notice in notices) == 1
+
+
+@pytest.mark.skipif(load_triton() is None, reason=why_missing())
+def test_the_gpu_kernels_give_the_logits_of_the_reference(store):
+    """Triton's interpreter computes the device's experts: one family here, because it is slow."""
+    if "qwen3_moe" not in str(store):
+        pytest.skip("the kernels' own tests have every activation")
+    with opened(store) as model:
+        want = answer(model, 1, prompt=5)
+    device = SimulatedDevice(2, HASTY)
+    device.lacks = None
+    config = OffloadConfig.of(ram="4GB", context=128, prefill_chunk=16, deterministic=True)
+    with Model(store, config, device=device) as model:
+        assert model._on_device is not None and model._on_device.kernels[0].name == "triton"
+        for got, expected in zip(answer(model, 1, prompt=5), want, strict=True):
+            assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3)

@@ -117,6 +117,21 @@ def test_what_the_cpu_computes_often_comes_up_in_the_link_s_idle_time():
     world.check()
 
 
+def test_an_expert_on_its_way_is_computed_by_the_cpu_where_that_is_sooner():
+    costs = TierCosts(copy=Cost(0.0, 0.5), cpu=Cost(0.0, 1e-5), gpu=Cost(0.0, 1e-7))
+    world = World(device=SimulatedDevice(speeds=Speeds(link=RECORD / 0.5)), costs=costs)
+    token = torch.tensor([[1, 6]])
+    for _ in range(3):
+        assert torch.equal(world.run(0, token), wanted(0, token))
+    counters = world.runtime.stats.per_layer[0]
+    assert counters.admitted and not counters.hits and counters.on_cpu == 6
+    came_up = counters.admitted
+    world.runtime.drain()
+    assert torch.equal(world.run(0, token), wanted(0, token))
+    assert counters.hits == came_up
+    world.check()
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("slots", [LAYERS, LAYERS * TOP_K, LAYERS * TOP_K + 5, ALL])
 @pytest.mark.parametrize("ram", [LAYERS * TOP_K, LAYERS * TOP_K + 3, ALL])
