@@ -1,12 +1,14 @@
 # make demo   install into .venv, build the demo model, chat
 # make test   install, then lint, types and tests: the one check command
+# make breadth   every Mixture-of-Experts type of transformers against stock; writes docs/families.md
+# make breadth TRANSFORMERS=5.24.0   the same with another release, in an environment of its own; writes nothing
 
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= $(if $(TRANSFORMERS),.venv-transformers-$(TRANSFORMERS),.venv)
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard quant/csrc/*)
 
-.PHONY: demo test lint types unit slow clean
+.PHONY: demo test lint types unit slow breadth clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/pocketmoe demo
@@ -25,6 +27,10 @@ unit: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+breadth: $(VENV)/.installed-dev
+	$(if $(TRANSFORMERS),$(BIN)/python -m pip install --quiet 'transformers==$(TRANSFORMERS)')
+	$(BIN)/python tests/breadth.py $(if $(TRANSFORMERS),,--table docs/families.md)
 
 # torch comes first and pinned: a looser wish would replace an installed build by a much larger one.
 $(VENV)/.installed: $(INPUTS)

@@ -64,6 +64,8 @@ class CheckpointSource:
         if self._keys.unknown and on_notice is not None:
             names = ", ".join(self._keys.unknown[:5])
             on_notice(f"{len(self._keys.unknown)} tensors of the checkpoint are not used by the model: {names}")
+        if self.skeleton.left_out and on_notice is not None:
+            on_notice(f"this model will read text only; it goes without {', '.join(self.skeleton.left_out[:5])}")
 
     def _headers(self) -> dict[str, dict[str, TensorEntry]]:
         """Per file of weights, its tensors by name."""

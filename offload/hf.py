@@ -11,7 +11,7 @@ import contextlib
 import functools
 import importlib
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from ..quant.linear import asks_for_attribute
 from .errors import DataError
 from .hf_experts import MoeSite, find_sites
 from .hf_families import ALIASES, LEFT_OUT, foreign_experts
@@ -55,6 +58,20 @@ class Skeleton:
         dropped = {f"{site.name}.{name}" for site in self.sites for name in site.params}
         dropped.update(self.model.all_tied_weights_keys)
         return [name for name in self.full_state if name not in dropped and not self.is_left_out(name)]
+
+    def computed_with_directly(self, weights: Collection[str]) -> set[str]:
+        """Those of the weights, of Linears and Embeddings, that the model also computes with past their own modules."""
+        modules = {name: self.model.get_submodule(name.removesuffix(".weight")) for name in weights}
+        cache, watch = new_kv_cache(self.config, 3, 2), _DirectUse(modules)
+        attach(self, _no_experts)
+        try:
+            with watch:
+                for tokens in (2, 1):
+                    _meta_forward(self.model, tokens, cache)
+        finally:
+            for handle in watch.handles:
+                handle.remove()
+        return watch.found
 
     def is_left_out(self, name: str) -> bool:
         """Whether a parameter belongs to what a text never reaches."""
@@ -290,9 +307,40 @@ def measure_kv_bytes(skeleton: Skeleton, context: int, chunk: int, stored: torch
     if not allocates_ahead(cache):
         tokens, cache = context, new_kv_cache(skeleton.config, context, context, stored)
     attach(skeleton, _no_experts)
+    _meta_forward(skeleton.model.base_model, tokens, cache)
+    return cache_bytes(cache)
+
+
+def _meta_forward(module: Any, tokens: int, cache: Any) -> None:
+    """Run tokens through a model on the meta device."""
     # Some families look for tokens of a kind, which meta tensors cannot: they find all.
     fx_config: Any = importlib.import_module("torch.fx.experimental._config")
     with torch.inference_mode(), fx_config.patch(meta_nonzero_assume_all_nonzero=True):
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        skeleton.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    return cache_bytes(cache)
+        module(input_ids=ids, past_key_values=cache, use_cache=True)
+
+
+class _DirectUse(TorchFunctionMode):
+    """Finds the weights that are computed with while none of their own modules runs."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self._names: dict[int, set[str]] = {}
+        self._running: set[str] = set()
+        self.handles = []
+        for name, module in modules.items():
+            self._names.setdefault(id(module.weight), set()).add(name)
+            self.handles += [
+                module.register_forward_pre_hook(lambda *_, name=name: self._running.add(name)),
+                module.register_forward_hook(lambda *_, name=name: self._running.discard(name)),
+            ]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not asks_for_attribute(func):
+            for value in tree_leaves((args, kwargs)):
+                names = self._names.get(id(value), set()) if isinstance(value, nn.Parameter) else set()
+                if not names & self._running:
+                    self.found |= names
+        return func(*args, **kwargs)

@@ -75,7 +75,10 @@ class KeyMap:
             if isinstance(entry, Mxfp4Entry):
                 targets[name] = _Target(None, {}, entry)
                 continue
-            if skeleton.full_state[name].is_floating_point() and entry.dtype not in _FLOATS:
+            want = skeleton.full_state[name]
+            if not want.is_floating_point() and entry.dtype in _FLOATS:
+                raise DataError(f"{entry.path}: tensor {key} is {entry.dtype}, the model expects {want.dtype}")
+            if want.is_floating_point() and entry.dtype not in _FLOATS:
                 raise DataError(
                     f"{entry.path}: tensor {key} is {entry.dtype}, and config.json does not say how to read it"
                 )
@@ -91,7 +94,10 @@ class KeyMap:
                 if target.packed is not None:
                     raise DataError(f"{name} is in MXFP4, which can be read for routed experts only")
                 if target.converter is None:
-                    self._check_shape(name, next(iter(target.sources.values()))[0].shape)
+                    first, *others = next(iter(target.sources.values()))
+                    if others:
+                        raise DataError(f"{first.path}: tensors {first.name} and {others[0].name} are both {name}")
+                    self._check_shape(name, first.shape)
             elif not any(name in _produced(t, n) for n, t in targets.items()):
                 raise DataError(f"the checkpoint has no tensor for {name}; is a shard missing?")
 

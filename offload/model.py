@@ -20,6 +20,7 @@ from .device_tier import make_device_runtime, open_device
 from .errors import DataError, UsageError
 from .experts import make_device_kernels, make_kernels, open_pool
 from .generate import Chunk, Completion, Sequence, stream_answer
+from .hf_families import STEPWISE
 from .hf_layers import FAMILIES
 from .lean import make_lean_decoder
 from .planning import plan_load
@@ -86,6 +87,11 @@ class Model:
         half = config.kv == "f16" or (config.kv == "auto" and bool(packed) and lean_is_likely)
         self._kv_dtype = torch.float16 if half else None
         self._workspace = Workspace.of(skeleton, pool is not None, lean_is_likely, converts=half)
+        if skeleton.config.get_text_config().model_type in STEPWISE:
+            notice(
+                f"beyond {config.prefill_chunk} tokens a prompt goes through one by one: transformers' layers of this "
+                "type take no more onto their state"
+            )
         plan, self.vram_plan = plan_load(
             skeleton, manifest, config, self._workspace, self._kv_dtype, trunk_pool, device, notice
         )

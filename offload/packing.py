@@ -32,10 +32,11 @@ class PackedEntry(NamedTuple):
 
 
 def packable_names(skeleton: Skeleton) -> set[str]:
-    """The trunk parameters that may be packed: weights of plain Linears and Embeddings, routers excepted."""
+    """The trunk parameters that may be packed: weights of plain Linears and Embeddings that only their own modules
+    compute with, routers excepted."""
     routers = [site.router for site in skeleton.sites if site.router is not None]
     inside = {id(module) for router in routers for module in router.modules()}
-    return {
+    named = {
         f"{name}.weight"
         for name, module in skeleton.model.named_modules()
         if type(module) in (nn.Linear, nn.Embedding)
@@ -45,6 +46,7 @@ def packable_names(skeleton: Skeleton) -> set[str]:
         and skeleton.dtypes[f"{name}.weight"]
         == skeleton.full_state[f"{name}.weight"].dtype  # not kept in float32 on purpose
     }
+    return named - skeleton.computed_with_directly(named) if named else named
 
 
 def pack_trunk(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -87,6 +87,35 @@ class PackedMatrix(NamedTuple):
         return values.reshape(n, padded)[:, : self.cols]
 
 
+_ATTRIBUTES = ("device", "dtype", "is_cuda", "is_meta", "layout", "ndim", "requires_grad", "shape")
+_ATTRIBUTE_METHODS = ("dim", "get_device", "is_floating_point", "numel", "size")
+
+
+def asks_for_attribute(function: Any) -> bool:
+    """Whether a call that `__torch_function__` sees looks at a tensor's dtype, device or shape only."""
+    name = getattr(function, "__name__", "")
+    return (
+        getattr(function.__self__, "__name__", "") in _ATTRIBUTES if name == "__get__" else name in _ATTRIBUTE_METHODS
+    )
+
+
+class PackedWeight(torch.Tensor):
+    """Stands where a module's `weight` is looked for: it has dtype, device and shape, but computing with it is an error
+    because the numbers are packed elsewhere."""
+
+    @classmethod
+    def of(cls, packed: PackedMatrix, dtype: torch.dtype) -> PackedWeight:
+        return torch.Tensor._make_subclass(cls, torch.zeros((), dtype=dtype).expand(packed.rows, packed.cols))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not asks_for_attribute(func):
+            raise RuntimeError(
+                "this model computes with a weight that is packed; convert it again, or with --trunk keep"
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 class QuantLinear(nn.Module):
     """`nn.Linear` whose weight stays packed. Computes in float32 and returns the input's dtype."""
 
@@ -97,6 +126,10 @@ class QuantLinear(nn.Module):
         self.bias = bias
         self._pool = pool
         self._matrix: NativeMatrix | None = None
+
+    @property
+    def weight(self) -> PackedWeight:
+        return PackedWeight.of(self.packed, torch.float32)
 
     @property
     def matrix(self) -> NativeMatrix:
@@ -130,6 +163,10 @@ class QuantEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = packed.rows, packed.cols
         self.packed, self.dtype = packed, dtype
+
+    @property
+    def weight(self) -> PackedWeight:
+        return PackedWeight.of(self.packed, self.dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids integer [...] to [..., embedding_dim]."""

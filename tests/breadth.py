@@ -98,29 +98,29 @@ def check(model_type: str, directory: Path) -> Result:
     """
     stock = make_checkpoint(model_type, directory / "checkpoint")
     path = convert(CheckpointSource(directory / "checkpoint"), directory / "store", "f32")
-    logits, tokens, want = _stock_answer(stock)
+    logits, tokens, want = stock_answer(stock)
     common = {"kernels": "torch", "ram": "8GB", "context": 256}
     with load(path, **common) as model:
         with torch.inference_mode():
             got = model.transformers_model(input_ids=prompt(), use_cache=False).logits
         torch.testing.assert_close(got, logits, rtol=1e-5, atol=1e-5)
-        answer = _own_answer(model, tokens)
+        answer = own_answer(model, tokens)
         assert answer.argmax(-1).tolist() == tokens, "greedy tokens differ"
         torch.testing.assert_close(answer, want, rtol=1e-5, atol=1e-5)
         model.check_integrity()
     with load(path, prefill_chunk=PIECE, **common) as model:
-        in_pieces = _own_answer(model, tokens)
+        in_pieces = own_answer(model, tokens)
         torch.testing.assert_close(in_pieces, want, rtol=1e-5, atol=1e-5, msg="a prompt in pieces differs")
     floor = sum(layer.top_k for layer in ExpertStore(path).manifest.layers)
     for prefetch in (False, True):
         with load(path, slots=floor, prefetch=prefetch, **common) as model:
-            assert torch.equal(_own_answer(model, tokens), answer), f"cache at its floor, {prefetch=}"
+            assert torch.equal(own_answer(model, tokens), answer), f"cache at its floor, {prefetch=}"
             model.check_integrity()
     return Result(float((got - logits).abs().max()), float((answer - want).abs().max()))
 
 
 @torch.inference_mode()
-def _stock_answer(stock: Any) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+def stock_answer(stock: Any) -> tuple[torch.Tensor, list[int], torch.Tensor]:
     """Logits of the prompt, and the tokens of a greedy answer with their logits."""
     logits = stock(input_ids=prompt(), use_cache=False).logits
     answer = stock.generate(
@@ -135,7 +135,7 @@ def _stock_answer(stock: Any) -> tuple[torch.Tensor, list[int], torch.Tensor]:
     return logits, answer.sequences[0, prompt().shape[1] :].tolist(), torch.cat(answer.logits)
 
 
-def _own_answer(model: Model, tokens: list[int]) -> torch.Tensor:
+def own_answer(model: Model, tokens: list[int]) -> torch.Tensor:
     """Logits of our own token loop, fed with the prompt and then with `tokens`: [NEW_TOKENS, vocabulary]."""
     sequence = model.new_sequence()
     steps = [prompt()[0].tolist(), *([token] for token in tokens[:-1])]

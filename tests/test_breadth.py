@@ -9,9 +9,11 @@ import pytest
 import tiny
 import tiny_families
 import torch
-from pocketmoe.offload import hf
+from pocketmoe.offload import hf, packing
 from pocketmoe.offload.checkpoint import CheckpointSource
+from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DataError
+from pocketmoe.offload.loading import load
 
 DEFAULT = ("dbrx", "jamba", "llama4", "longcat_flash", "minimax", "muse_spark", "qwen3_next", "qwen3_vl_moe")
 """One of each kind: experts in a form of their own, recurrent layers, experts with a norm, images left out."""
@@ -21,6 +23,31 @@ OTHERS = sorted(set(tiny_families.moe_types()) - set(DEFAULT) - breadth.REFUSED.
 @pytest.mark.parametrize("model_type", [*DEFAULT, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_type_gives_the_logits_and_tokens_of_stock_transformers(model_type, tmp_path):
     breadth.check(model_type, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["deepseek_v32", "jamba", "llama4", *(pytest.param(name, marks=pytest.mark.slow) for name in [*DEFAULT, *OTHERS])],
+)
+def test_a_packed_trunk_and_native_kernels_answer_nearly_the_same(model_type, tmp_path, monkeypatch):
+    """INT4 experts and INT8 trunk matrices change the logits; a matrix that is read in a wrong way turns them over."""
+    monkeypatch.setattr(packing, "SMALLEST", 1)
+    stock = breadth.make_checkpoint(model_type, tmp_path / "checkpoint")
+    _, tokens, want = breadth.stock_answer(stock)
+    path = convert(CheckpointSource(tmp_path / "checkpoint"), tmp_path / "store")
+    with load(path, ram="8GB", context=256) as model:
+        assert len(model._store.manifest.trunk_packed) >= 4
+        got = breadth.own_answer(model, tokens)
+    assert torch.cosine_similarity(got.flatten(), want.flatten(), dim=0) > 0.8
+
+
+def test_only_weights_that_nothing_else_computes_with_are_packed(monkeypatch):
+    """jamba multiplies with dt_proj's weight itself; deepseek_v32 asks weights_proj's for its dtype."""
+    monkeypatch.setattr(packing, "SMALLEST", 1)
+    jamba = packing.packable_names(hf.build_skeleton(tiny_families.tiny_config("jamba")))
+    assert not any("dt_proj" in name for name in jamba) and any("x_proj" in name for name in jamba)
+    deepseek = packing.packable_names(hf.build_skeleton(tiny_families.tiny_config("deepseek_v32")))
+    assert any("weights_proj" in name for name in deepseek)
 
 
 @pytest.mark.parametrize("model_type", ["diffusion_gemma", "doge", "jetmoe"])

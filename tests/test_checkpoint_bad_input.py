@@ -264,6 +264,13 @@ def test_an_expert_of_another_shape_than_the_config_says_is_named(copy, tmp_path
     assert "model.layers.1.mlp.experts" in message and "shape" in message
 
 
+def test_the_same_parameter_under_two_names_is_refused_with_both(copy):
+    path = copy("granitemoe")
+    rewrite(path / SINGLE, **{"norm.weight": torch.ones(64)})
+    message = refusal_of_tensor(path)
+    assert "tensors model.norm.weight and norm.weight are both model.norm.weight" in message
+
+
 def test_nan_in_an_expert_is_named(copy, tmp_path):
     path = copy("mixtral")
     weight = load_file(path / SINGLE)[W2]
