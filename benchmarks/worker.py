@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace, reset: Callable[[], Any], feed: Callabl
 def run_pocketmoe(options: argparse.Namespace) -> dict[str, Any]:
     from pocketmoe.offload import load
 
-    settings: dict[str, Any] = {"threads": options.threads, "context": CONTEXT}
+    settings: dict[str, Any] = {"threads": options.threads, "context": CONTEXT, "warm_start": False}
     if options.ram:
         settings["ram"] = options.ram
     if options.slots:

@@ -8,6 +8,7 @@ scaled by what the model is off at the present setting; both numbers of that are
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -67,8 +68,12 @@ class _Replays:
         return [missed - first for missed, first in zip(found, self._first, strict=True)]
 
 
-def advise(run: RunStats, disk: DiskSpeed | None) -> Advice | None:
-    """None where there is too little to go by: fewer than ENOUGH_TOKENS tokens on record, or no slots known."""
+def advise(run: RunStats, disk: DiskSpeed | None, also: Iterable[int] = ()) -> Advice | None:
+    """What other settings would give, among them these numbers of slots.
+
+    Returns:
+        None where there is too little to go by: fewer than ENOUGH_TOKENS tokens on record, or no slots known.
+    """
     history, slots, total, policy = run.history, run.slots, run.total_experts, run.policy
     if history is None or history.tokens < ENOUGH_TOKENS or not (slots and total and policy):
         return None
@@ -93,7 +98,7 @@ def advise(run: RunStats, disk: DiskSpeed | None) -> Advice | None:
         return Setting(name, size, budget, 1 - sum(misses) / requests, speed, present)
 
     least = replays.layers * replays.floor
-    sizes = {min(total, max(least, int(slots * size))) for size in SIZES} | {slots, total}
+    sizes = {min(total, max(least, int(slots * size))) for size in SIZES} | {slots, total, *also}
     return Advice(
         tokens=replays.tokens,
         warmup_tokens=history.tokens - replays.tokens,

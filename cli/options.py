@@ -71,6 +71,9 @@ class LoadOptions:
         str, typer.Option(metavar="|".join(policy_names()), help="Which expert leaves the cache when it is full.")
     ] = OffloadConfig.policy
     prefetch: Annotated[bool, typer.Option(help="Read ahead what the next layer will probably need.")] = True
+    warm_start: Annotated[
+        bool, typer.Option(help="Fill free memory with what past runs of this model asked for most.")
+    ] = True
     io: Annotated[str, typer.Option(metavar="|".join(IO_MODES), help="How experts are read from disk.")] = (
         OffloadConfig.io
     )

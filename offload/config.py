@@ -45,6 +45,8 @@ class OffloadConfig:
     """Eviction policy of the expert cache."""
     prefetch: bool = True
     """Read ahead what the next layer's router will probably choose."""
+    warm_start: bool = True
+    """Fill free slots with the experts that past runs of this store asked for most, and keep count of this run's."""
     io: str = "direct"
     """How records are read: direct (past the page cache), buffered, or mmap."""
     kernels: str = "auto"

@@ -24,6 +24,7 @@ from .hf_families import STEPWISE
 from .hf_layers import FAMILIES
 from .lean import make_lean_decoder
 from .planning import plan_load
+from .popularity import Popularity
 from .predictor import RouterPredictor
 from .prefetch import NoPrefetch, Prefetcher
 from .recorder import make_recorder
@@ -35,6 +36,7 @@ from .tiers import RamSlots
 from .tokenizer import load_tokenizer
 from .transfer import ThreadedTransfers
 from .trunk import load_packed_trunk
+from .warm_start import WarmStart
 from .workspace import Workspace
 
 _OUT_OF_MEMORY_STEP = 256 << 20
@@ -128,6 +130,9 @@ class Model:
         slots = RamSlots(plan.slots, store.record_bytes)
         transfers = ThreadedTransfers(store, self._stats, config.readers)
         ahead = Prefetcher(cache, slots, transfers, self._stats) if config.prefetch else NoPrefetch()
+        self._popularity = Popularity(store.path, manifest)
+        wanted = self._popularity.order(notice) if config.warm_start else []
+        ahead = warm = WarmStart(ahead, cache, slots, transfers, wanted)
         try:
             predictor = RouterPredictor(skeleton.sites) if config.prefetch else None
             kernels = make_kernels(skeleton.sites, manifest, config, pool, notice)
@@ -146,6 +151,7 @@ class Model:
                 )
             top = self._on_device or self._runtime
             hf.attach(skeleton, lambda site, x, index, weights: top.run_layer(site.index, x, index, weights))
+            warm.start()
         except BaseException:
             transfers.close()  # its threads would wait for ever
             raise
@@ -349,6 +355,8 @@ class Model:
         if not self._closed:
             self._closed = True
             (self._on_device or self._runtime).close()
+            if self.config.warm_start:
+                self._popularity.add(self._stats.uses)
             self._store.close()
             self._recorder.close()
 

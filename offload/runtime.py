@@ -17,6 +17,7 @@ import torch
 from ..cache.expert import ExpertId, Lookup
 from ..cache.history import History
 from ..cache.manager import ExpertCache
+from ..cache.self_test import SelfTest
 from ..cache.stats import RunStats
 from ..quant.kernels import ExpertJob, ExpertKernels
 from .predictor import RouterPredictor
@@ -115,6 +116,8 @@ class ExpertRuntime:
         self.stats, self.prefetch, self.predictor = stats, prefetch, predictor
         self.recorder = recorder or NoRecorder()
         self.history = History(cache.layers)
+        self.self_test = SelfTest()
+        self._token_began, self._missing = 0.0, 0
 
     def run_layer(
         self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -139,9 +142,9 @@ class ExpertRuntime:
 
     @property
     def wants_guesses(self) -> bool:
-        """Whether there is anything left to read ahead."""
+        """Whether to read ahead: there is something left to read, and it has not turned out to cost time."""
         total = self.stats.total_experts
-        return self.predictor is not None and (total is None or len(self.cache) < total)
+        return self.predictor is not None and (total is None or len(self.cache) < total) and self.self_test.on
 
     def run_experts(self, layer: int, hidden: torch.Tensor, work: Assignment, guess: Sequence[int]) -> torch.Tensor:
         """Each chosen expert's output for each of its tokens.
@@ -157,7 +160,11 @@ class ExpertRuntime:
         self.prefetch.settle(layer, set(work.experts))
         wanted = self.cache.lookup(layer, work.experts, promote=hidden.shape[0] == 1)
         late = sum(map(self.cache.is_arriving, wanted.misses))
-        self.stats.record(layer, wanted, late, self.prefetch.first_uses(wanted.hits))
+        ahead = self.prefetch.first_uses(wanted.hits)
+        self.stats.record(layer, wanted, late, ahead)
+        if layer == 0:
+            self._token_began, self._missing = begin, 0
+        self._missing += len(wanted.misses) + ahead
         if hidden.shape[0] == 1:
             self.history.record(layer, wanted.hits + wanted.misses)
         parts = torch.empty(len(work.rows), hidden.shape[1])
@@ -167,8 +174,17 @@ class ExpertRuntime:
             self._compute(layer, wanted.hits, hidden, work, parts)
         if layer == self.cache.layers - 1:
             self.cache.tick()
+            if hidden.shape[0] == 1 and self.predictor is not None:
+                self._test_prefetch()
         self.stats.record_layer(time.perf_counter() - begin)
         return parts
+
+    def _test_prefetch(self) -> None:
+        """A token is through the layers: say how long that took."""
+        tests = self.self_test.tests
+        self.self_test.step(time.perf_counter() - self._token_began, self._missing)
+        if self.self_test.tests > tests:
+            self.stats.prefetch = self.self_test.state
 
     def _compute_and_read(
         self,

@@ -31,10 +31,10 @@ class ReadObserver(Protocol):
 class Ticket:
     """One read. `done` becomes true when the bytes are there or `error` says why not."""
 
-    __slots__ = ("ahead", "cancelled", "demand", "done", "error", "expert", "started", "view")
+    __slots__ = ("ahead", "cancelled", "demand", "done", "error", "expert", "idle", "started", "view")
 
-    def __init__(self, expert: ExpertId, view: memoryview, demand: bool) -> None:
-        self.expert, self.view, self.demand = expert, view, demand
+    def __init__(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False) -> None:
+        self.expert, self.view, self.demand, self.idle = expert, view, demand, idle
         self.ahead = not demand  # began as a guess, even if it is waited for by now
         self.started = self.done = self.cancelled = False
         self.error: BaseException | None = None
@@ -43,8 +43,9 @@ class Ticket:
 class Transfers(Protocol):
     """The contract that `ThreadedTransfers` and its synchronous twin share."""
 
-    def fetch(self, expert: ExpertId, view: memoryview, demand: bool) -> Ticket:
-        """Start to read a record into `view`. Demand reads go before prefetches."""
+    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False) -> Ticket:
+        """Start to read a record into `view`. Demand reads go before prefetches, and those before idle reads, which
+        begin only while nothing is waited for."""
         ...
 
     def promote(self, ticket: Ticket) -> None:
@@ -77,6 +78,8 @@ class ThreadedTransfers:
         self._most_ahead, self._running_ahead = ahead, 0
         self._demand: deque[Ticket] = deque()
         self._ahead: deque[Ticket] = deque()
+        self._idle: deque[Ticket] = deque()
+        self._running_demand = 0
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._finished = threading.Condition(self._lock)
@@ -85,18 +88,18 @@ class ThreadedTransfers:
         for thread in self._threads:
             thread.start()
 
-    def fetch(self, expert: ExpertId, view: memoryview, demand: bool) -> Ticket:
-        ticket = Ticket(expert, view, demand)
+    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False) -> Ticket:
+        ticket = Ticket(expert, view, demand, idle)
         with self._lock:
             assert not self._closed, f"{expert} is asked for after close"
-            (self._demand if demand else self._ahead).append(ticket)
+            self._queue_of(ticket).append(ticket)
             self._work.notify()
         return ticket
 
     def promote(self, ticket: Ticket) -> None:
         with self._lock:
             if not ticket.demand and not ticket.started and not ticket.cancelled:
-                self._ahead.remove(ticket)
+                self._queue_of(ticket).remove(ticket)
                 ticket.demand = True
                 self._demand.append(ticket)
                 self._work.notify()  # guesses may have left readers idle
@@ -105,7 +108,7 @@ class ThreadedTransfers:
         with self._lock:
             if ticket.started or ticket.cancelled:
                 return False
-            (self._demand if ticket.demand else self._ahead).remove(ticket)
+            self._queue_of(ticket).remove(ticket)
             ticket.cancelled = True
             return True
 
@@ -122,10 +125,10 @@ class ThreadedTransfers:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for ticket in (*self._demand, *self._ahead):
-                ticket.cancelled = True
-            self._ahead.clear()
-            self._demand.clear()
+            for queue in (self._demand, self._ahead, self._idle):
+                for ticket in queue:
+                    ticket.cancelled = True
+                queue.clear()
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
@@ -139,20 +142,29 @@ class ThreadedTransfers:
                     self._work.wait()
                 ticket = queue.popleft()
                 ticket.started = True
-                guessed = queue is self._ahead
+                guessed = queue is not self._demand
                 self._running_ahead += guessed
+                self._running_demand += not guessed
             _read(self._reader, self._observer, ticket)
             with self._lock:
                 ticket.done = True
                 self._running_ahead -= guessed
+                self._running_demand -= not guessed
                 self._finished.notify_all()
-                if guessed and self._ahead:
+                if (guessed and self._ahead) or self._idle:
                     self._work.notify()
 
     def _next_queue(self) -> deque[Ticket] | None:
         if self._demand:
             return self._demand
-        return self._ahead if self._ahead and self._running_ahead < self._most_ahead else None
+        if self._running_ahead >= self._most_ahead:
+            return None
+        if self._ahead:
+            return self._ahead
+        return self._idle if self._idle and not self._running_demand else None
+
+    def _queue_of(self, ticket: Ticket) -> deque[Ticket]:
+        return self._demand if ticket.demand else self._idle if ticket.idle else self._ahead
 
 
 def _read(reader: Reader, observer: ReadObserver, ticket: Ticket) -> None:
@@ -172,8 +184,8 @@ class SyncTransfers:
     def __init__(self, reader: Reader, observer: ReadObserver) -> None:
         self._reader, self._observer = reader, observer
 
-    def fetch(self, expert: ExpertId, view: memoryview, demand: bool) -> Ticket:
-        ticket = Ticket(expert, view, demand)
+    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False) -> Ticket:
+        ticket = Ticket(expert, view, demand, idle)
         ticket.started = True
         _read(self._reader, self._observer, ticket)
         ticket.done = True

@@ -21,14 +21,14 @@ ORDER = {
     "cache": (
         "expert units order published forecast hybrid policy manager trace history replay counters "
         "device_stats cost advice machine routing strategies simulate verdict report sections "
-        "report_text report_html stats"
+        "report_text report_html stats self_test"
     ),
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (
         "errors packed_scheme config placement memory device simulated_device source apart "
         "checkpoint_files hub hf_families kv_cache hf_experts hf gptq_awq prequantized hf_keys "
         "hf_layers workspace checkpoint hub_source fit convert store tiers uploads transfer predictor "
-        "prefetch reads recorder runtime device_runtime device_tier planning lean generate tokenizer "
+        "prefetch warm_start reads recorder runtime device_runtime device_tier planning lean generate tokenizer "
         "model gguf_file gguf_config gguf_tensor gguf_tokenizer gguf_llama gguf_source loading "
         "demo_store demo"
     ),

@@ -238,3 +238,27 @@ def test_asking_after_close_is_a_mistake_and_not_a_wait_for_ever(threaded):
     transfers.close()
     with pytest.raises(AssertionError, match="after close"):
         transfers.fetch(A, view(), True)
+
+
+def test_idle_reads_begin_only_while_nothing_else_is_asked_for(busy):
+    reader, transfers, ticket = busy
+    idle = transfers.fetch(A, view(), demand=False, idle=True)
+    guess = transfers.fetch(B, view(), demand=False)
+    claimed = transfers.fetch(C, view(), demand=False, idle=True)
+    transfers.promote(claimed)
+    reader.gate.set()
+    finish(transfers, ticket, guess, idle, claimed)
+    assert reader.order == [D, C, B, A]
+
+
+def test_an_idle_read_does_not_begin_beside_one_that_is_waited_for(threaded):
+    reader = FakeReader(gated=[D])
+    transfers = threaded(reader, readers=2)
+    ticket = transfers.fetch(D, view(), demand=True)
+    assert reader.entered.wait(PATIENCE)
+    idle = transfers.fetch(A, view(), demand=False, idle=True)
+    finish(transfers, transfers.fetch(B, view(), demand=False))  # the other reader is awake, and takes this one
+    assert not idle.started and transfers.cancel(idle)
+    again = transfers.fetch(C, view(), demand=False, idle=True)
+    reader.gate.set()
+    finish(transfers, ticket, again)
