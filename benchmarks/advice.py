@@ -40,8 +40,8 @@ def run_once(store: Path, slots: int, prefetch: bool, ram: str, out: Path) -> No
         model.stats(advice=True).save(out)
 
 
-def in_own_process(*arguments: Any) -> None:
-    command = [sys.executable, "-m", "benchmarks.advice", "--one", *map(str, arguments)]
+def in_own_process(store: Path, *arguments: Any) -> None:
+    command = [sys.executable, "-m", "benchmarks.advice", str(store), "--one", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
