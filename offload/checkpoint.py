@@ -20,7 +20,7 @@ from .hub import HubModel
 from .manifest import MANIFEST
 from .packing import packable_names
 from .prequantized import join_quantized
-from .source import MoeLayer, OnNotice
+from .source import MoeLayer, OnNotice, RowReader
 from .tensorfile import TensorEntry, read_header
 
 _T = TypeVar("_T")
@@ -81,7 +81,7 @@ class CheckpointSource:
     def expert(self, layer: int, index: int) -> dict[str, Weight]:
         return self._keys.expert(layer, index)
 
-    def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def trunk(self) -> Iterator[tuple[str, torch.Tensor | RowReader]]:
         return self._keys.trunk()
 
     def largest_trunk_bytes(self) -> int:

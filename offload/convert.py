@@ -30,7 +30,7 @@ from .convert_memory import require_memory
 from .errors import DataError, UsageError
 from .manifest import MANIFEST, TRUNK, VERSION, ExpertFile, Manifest
 from .packing import PackedEntry, pack_trunk
-from .source import MoeLayer, OnNotice, OnProgress, Progress, Source
+from .source import MoeLayer, OnNotice, OnProgress, Progress, RowReader, Source
 from .tensorfile import DTYPE_NAMES, fsync_path, header_bytes
 
 FILE_BYTES = 8 << 30  # an expert file is closed at this size: small enough to copy, few enough to keep open
@@ -359,7 +359,7 @@ def expert_file_header(file: ExpertFile, numbers: list[tuple[int, int]], record_
     return header_bytes(tensors, file.data_start, {"format": "pocketmoe-store"})
 
 
-def write_trunk(path: Path, tensors: Iterator[tuple[str, torch.Tensor]], on_progress: OnProgress) -> int:
+def write_trunk(path: Path, tensors: Iterator[tuple[str, torch.Tensor | RowReader]], on_progress: OnProgress) -> int:
     """Write tensors as they come into one safetensors file; returns the bytes of its data section.
 
     The header is written last into room left for it, because shapes are known only as tensors arrive.
@@ -369,6 +369,8 @@ def write_trunk(path: Path, tensors: Iterator[tuple[str, torch.Tensor]], on_prog
     with open(path, "wb") as out:
         out.seek(TRUNK_HEADER)
         for name, tensor in tensors:
+            if isinstance(tensor, RowReader):
+                tensor = tensor[:]
             data = tensor.contiguous().reshape(-1).view(torch.uint8)
             out.write(data.numpy().data)
             entries[name] = (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), position, position + data.numel())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .gguf_file import Place, expert_matrices, is_kept, keeping_codec, read_gguf
 from .gguf_tensor import PLAIN, GgufTensor, unpermute
 from .gguf_tokenizer import write_generation_config, write_tokenizer
 from .packing import packable_names
-from .source import MoeLayer, OnNotice
+from .source import LARGE, MoeLayer, OnNotice, RowReader
 
 _BLOCK = re.compile(r"layers\.(\d+)\.")
 _SUFFIXES = (".weight", ".bias")
@@ -59,8 +60,12 @@ class GgufSource:
             parts[name] = GgufTensor(self._experts[layer][name]).expert(index)
         return parts
 
-    def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def trunk(self) -> Iterator[tuple[str, torch.Tensor | RowReader]]:
         for name, (places, make) in self._trunk.items():
+            whole, dtype = GgufTensor(places[0]), self.skeleton.dtypes[name]
+            if make is as_it_is and prod(whole.shape) >= LARGE and whole.shape == self.skeleton.full_state[name].shape:
+                yield name, RowReader(whole.shape, lambda a, b, t=whole, d=dtype: t.read_rows(a, b).to(d))
+                continue
             tensor = make(*(GgufTensor(place).read() for place in places))
             want = tuple(self.skeleton.full_state[name].shape)
             if tuple(tensor.shape) != want:
@@ -119,7 +124,7 @@ class GgufSource:
             elif name.endswith("shared_expert_gate.weight"):
                 yield name, ([self._place(source)], lambda row: row.reshape(1, -1))
             else:
-                yield name, ([self._place(source)], lambda tensor: tensor)
+                yield name, ([self._place(source)], as_it_is)
 
     def _source_name(self, names: Any, name: str) -> str | None:
         if name.endswith("e_score_correction_bias"):  # the map has it as the bias of a module
@@ -154,6 +159,10 @@ def _block_of(name: str) -> int:
     found = _BLOCK.search(name)
     assert found is not None, name
     return int(found[1])
+
+
+def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def join_latent(k_b: torch.Tensor, v_b: torch.Tensor) -> torch.Tensor:

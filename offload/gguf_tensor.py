@@ -6,7 +6,6 @@ Blocks as ggml-common.h of llama.cpp describes them. A Q4_K group's scale and mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -52,19 +51,15 @@ class GgufTensor(NamedTuple):
 
     def read(self) -> torch.Tensor:
         """The whole tensor, float32."""
-        out = torch.empty(self.shape)
-        done = 0
-        for piece in self.pieces():
-            out[done : done + len(piece)] = piece
-            done += len(piece)
+        out, rows = torch.empty(self.shape), self.shape[0]
+        step = max(1, _ROWS_BYTES * rows // max(1, self.place.nbytes))
+        for start in range(0, rows, step):
+            out[start : start + step] = self.read_rows(start, min(rows, start + step))
         return out
 
-    def pieces(self, multiple: int = 1) -> Iterator[torch.Tensor]:
-        """Its rows (of the first dimension) in order, float32, a multiple of so many at a time but for the last."""
-        raw = self._raw
-        rows, step = self.shape[0], max(1, _ROWS_BYTES * self.shape[0] // max(1, raw.nbytes) // multiple) * multiple
-        for start in range(0, rows, step):
-            yield self._floats(raw.read_rows(start, min(rows, start + step)))
+    def read_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Some of the rows of the first dimension, float32."""
+        return self._floats(self._raw.read_rows(start, stop))
 
     def expert(self, index: int) -> Weight:
         """The matrix of one expert, packed with the codes that it has where a record can hold them, else float32."""

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from .errors import DataError
 from .gptq_awq import PackedLinear
 from .hf import MoeSite, Skeleton
 from .prequantized import Entry, Int4Entry, Mxfp4Entry, Readable
+from .source import LARGE, RowReader
 from .tensorfile import TensorEntry
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -210,10 +212,14 @@ class KeyMap:
         finally:
             params[leaf] = None
 
-    def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All trunk parameters, one conversion group at a time."""
+    def trunk(self) -> Iterator[tuple[str, torch.Tensor | RowReader]]:
+        """All trunk parameters, one conversion group at a time; large matrices to be read in pieces."""
         names = set(self.skeleton.trunk_names())
         for name, target in self._trunk.items():
+            entries, dtype = next(iter(target.sources.values())), self.skeleton.dtypes[name]
+            if target.converter is None and type(entries[0]) is TensorEntry and prod(entries[0].shape) >= LARGE:
+                yield name, RowReader(entries[0].shape, lambda a, b, e=entries[0], d=dtype: e.read_rows(a, b).to(d))
+                continue
             data = {pattern: [entry.read() for entry in found] for pattern, found in target.sources.items()}
             for full_name, tensor in self._convert(name, target, data).items():
                 if full_name in names:

@@ -22,7 +22,7 @@ from .apart import run_apart
 from .checkpoint import CheckpointSource
 from .errors import DataError
 from .hub import HubModel
-from .source import OnNotice, OnProgress
+from .source import OnNotice, OnProgress, RowReader
 from .tensorfile import TensorEntry, described_tensors, fsync_path, header_bytes, read_header
 
 _SET_ASIDE = "trunk"
@@ -204,7 +204,7 @@ class HubSource(CheckpointSource):
         self.shards.let_go(self._first[layer] + index)
         return super().expert(layer, index)
 
-    def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def trunk(self) -> Iterator[tuple[str, torch.Tensor | RowReader]]:
         self.shards.let_go(self._first[-1])
         yield from super().trunk()
 

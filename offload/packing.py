@@ -15,6 +15,7 @@ from torch import nn
 from ..quant.int4 import MapPieces
 from ..quant.linear import PackedMatrix, matrix_format
 from .errors import DataError
+from .source import RowReader
 
 if TYPE_CHECKING:  # packing itself does without transformers, which is a good part of a conversion's memory
     from .hf import Skeleton
@@ -50,12 +51,12 @@ def packable_names(skeleton: Skeleton) -> set[str]:
 
 
 def pack_trunk(
-    tensors: Iterator[tuple[str, torch.Tensor]],
+    tensors: Iterator[tuple[str, torch.Tensor | RowReader]],
     names: set[str],
     fmt: str,
     packed: dict[str, PackedEntry],
     run: MapPieces = map,
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, torch.Tensor | RowReader]]:
     """Pack the tensors of `names`, pass the others through, and enter what was packed into `packed`.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -34,6 +35,22 @@ class MoeLayer(NamedTuple):
     shape: ExpertShape
 
 
+LARGE = 1 << 24
+"""Weights of a matrix that is not read at once."""
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """A matrix of the trunk that is read piece by piece, because whole it would be a conversion's peak of memory."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], torch.Tensor]
+    """Rows from a first one to one past the last; called by several threads at once."""
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return self.read(*rows.indices(self.shape[0])[:2])
+
+
 class Source(Protocol):
     """A checkpoint that can be read one expert and one trunk tensor at a time."""
 
@@ -52,7 +69,7 @@ class Source(Protocol):
         """The tensors of one expert under the names and in the shapes of `ExpertShape.parts()`."""
         ...
 
-    def trunk(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def trunk(self) -> Iterator[tuple[str, torch.Tensor | RowReader]]:
         """Everything that is not a routed expert, under transformers' parameter names, one tensor at a time."""
         ...
 

@@ -98,8 +98,8 @@ class Int4Codec:
         return self.fmt.nbytes(*shape) if len(shape) == 2 else shape[0] * 4
 
     def encode_matrix(self, weight: torch.Tensor, run: MapPieces = map) -> torch.Tensor:
-        def encode(part: torch.Tensor) -> torch.Tensor:
-            return int4.pack(*int4.quantize(part, self.fmt), self.fmt)
+        def encode(rows: slice) -> torch.Tensor:
+            return int4.pack(*int4.quantize(weight[rows], self.fmt), self.fmt)
 
         return torch.cat(list(run(encode, int4.row_pieces(weight))))
 

@@ -23,8 +23,9 @@ result because the activations are padded with zeros and the extra rows are cut 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -32,7 +33,7 @@ ROW_BLOCK = 16
 ALIGNMENT = 64
 GROUPS = (32, 64, 128)
 _PIECE = 1 << 20  # weights
-MapPieces = Callable[[Callable[[torch.Tensor], torch.Tensor], Iterable[torch.Tensor]], Iterable[torch.Tensor]]
+MapPieces = Callable[[Callable[[slice], torch.Tensor], Iterable[slice]], Iterable[torch.Tensor]]
 """`map`, or the `map` of a pool of threads: what quantises the pieces of a matrix."""
 
 
@@ -134,11 +135,22 @@ def finite_matrix(weight: torch.Tensor) -> torch.Tensor:
     return w
 
 
-def row_pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+class Rows(Protocol):
+    """A matrix, or what reads one piece by piece."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
+
+
+def row_pieces(weight: Rows) -> list[slice]:
     """A matrix cut into pieces of whole row blocks: quantising takes several times the memory of what it works on."""
-    blocks = round_up(weight.shape[0], ROW_BLOCK) // ROW_BLOCK
-    pieces = -(-weight.numel() // _PIECE)  # of the same size, so that two threads have the same work
-    return weight.split(max(1, -(-blocks // max(1, pieces))) * ROW_BLOCK)
+    rows, cols = weight.shape
+    blocks = round_up(rows, ROW_BLOCK) // ROW_BLOCK
+    pieces = max(1, -(-rows * cols // _PIECE))  # of the same size, so that two threads have the same work
+    step = max(1, -(-blocks // pieces)) * ROW_BLOCK
+    return [slice(start, min(rows, start + step)) for start in range(0, max(1, rows), step)]
 
 
 def quantize(weight: torch.Tensor, fmt: Int4Format) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from . import int4, int8
-from .int4 import ROW_BLOCK, Int4Format, MapPieces, round_up
+from .int4 import ROW_BLOCK, Int4Format, MapPieces, Rows, round_up
 from .int8 import Int8Format
 from .native import NativeMatrix, NativePool
 
@@ -40,13 +40,13 @@ class PackedMatrix(NamedTuple):
     format: MatrixFormat
 
     @classmethod
-    def pack(cls, weight: torch.Tensor, fmt: MatrixFormat, run: MapPieces = map) -> PackedMatrix:
+    def pack(cls, weight: Rows, fmt: MatrixFormat, run: MapPieces = map) -> PackedMatrix:
         """Quantise a matrix, its pieces by `run`. Raises ValueError when it is not finite."""
 
-        def encode(part: torch.Tensor) -> torch.Tensor:
+        def encode(rows: slice) -> torch.Tensor:
             if isinstance(fmt, Int8Format):
-                return int8.pack(*int8.quantize(part, fmt), fmt)
-            return int4.pack(*int4.quantize(part, fmt), fmt)
+                return int8.pack(*int8.quantize(weight[rows], fmt), fmt)
+            return int4.pack(*int4.quantize(weight[rows], fmt), fmt)
 
         rows, cols = weight.shape
         data, done = torch.empty(fmt.nbytes(rows, cols), dtype=torch.uint8), 0

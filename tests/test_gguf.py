@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from fakes_store import tree
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 from gguf_models import ARCHITECTURES, CHAT_TEMPLATE, write_model
+from pocketmoe.offload import gguf_source, hf_keys
+from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DataError
 from pocketmoe.offload.gguf_file import read_gguf
@@ -24,6 +27,7 @@ from pocketmoe.offload.gguf_tensor import GgufTensor
 from pocketmoe.offload.gguf_tokenizer import write_generation_config, write_tokenizer
 from pocketmoe.offload.loading import convert_checkpoint, find_store, load
 from pocketmoe.offload.manifest import Manifest
+from pocketmoe.offload.source import RowReader
 from pocketmoe.quant import int4
 from pocketmoe.quant.codecs import Weight
 from tokenizers import Tokenizer, pre_tokenizers
@@ -384,3 +388,20 @@ def test_a_header_with_any_byte_changed_is_read_or_refused(tmp_path):
             file.write_bytes(changed)
             with contextlib.suppress(DataError):  # anything else fails the test
                 read_gguf(file)
+
+
+def test_large_trunk_matrices_are_read_in_pieces_with_the_same_result(tmp_path, monkeypatch):
+    stock = small_model("mixtral", tmp_path / "checkpoint", hidden_size=256, vocab_size=500)
+    file = write_model(tmp_path / "m.gguf", "mixtral", stock, mixed)
+    for source in (file, tmp_path / "checkpoint"):
+        monkeypatch.undo()
+        want = convert_checkpoint(source, tmp_path / f"{source.name}-whole")
+        for module in (gguf_source, hf_keys):
+            monkeypatch.setattr(module, "LARGE", 1)
+        monkeypatch.setattr(int4, "_PIECE", 5000)
+        opened = GgufSource(file) if source == file else CheckpointSource(source)
+        assert isinstance(dict(opened.trunk())["model.embed_tokens.weight"], RowReader)
+        got = convert_checkpoint(source, tmp_path / f"{source.name}-pieces")
+        assert tree(got) == tree(want) and Manifest.read(got).trunk_packed
+        kept = [convert_checkpoint(source, tmp_path / f"{source.name}-{i}", trunk="keep") for i in range(2)]
+        assert tree(kept[0]) == tree(kept[1])
