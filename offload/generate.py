@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,6 +89,16 @@ class Sequence:
             else:
                 self._cache.crop(length - len(self.ids))
                 del self.ids[length:]
+
+    @contextmanager
+    def few_threads(self) -> Iterator[None]:
+        """Torch has as many threads as for a single token: sampling is too small to share, too."""
+        if self._step_threads:
+            torch.set_num_threads(self._step_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(self._threads)
 
     @torch.inference_mode()
     def feed(self, ids: list[int], on_progress: OnProgress | None = None) -> torch.Tensor:
@@ -225,7 +236,8 @@ def stream_answer(
     stats.enter("prompt")
     sampler = Sampler(sampling, sequence.ids + prompt)
     logits = sequence.feed(prompt, on_progress)
-    token = sampler.choose(logits)
+    with sequence.few_threads():
+        token = sampler.choose(logits)
     stats.record_prompt(len(prompt), time.perf_counter() - begin)
     stats.time_to_first_token_s = time.perf_counter() - begin
     stats.enter("answer")
@@ -254,4 +266,5 @@ def stream_answer(
         begin, steps = time.perf_counter(), 1
         logits = sequence.feed([token])
         forward = time.perf_counter() - begin
-        token = sampler.choose(logits)
+        with sequence.few_threads():
+            token = sampler.choose(logits)

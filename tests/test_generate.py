@@ -202,3 +202,13 @@ def test_sampling_defaults_come_from_generation_config(tmp_path):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(DataError, match="generation_config"):
         read_generation_config(tmp_path)
+
+
+def test_sampling_runs_on_as_few_threads_as_a_single_token(monkeypatch):
+    threads = []
+    monkeypatch.setattr("torch.set_num_threads", threads.append)
+    sequence = Sequence.__new__(Sequence)
+    sequence._step_threads, sequence._threads = 1, 4
+    with sequence.few_threads():
+        assert threads == [1]
+    assert threads == [1, 4]
