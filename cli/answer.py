@@ -19,21 +19,31 @@ class Outcome(NamedTuple):
     text: str
     finish_reason: str | None
     stopped_at: float | None
+    thinking: str = ""
 
 
 class _StopReading(Exception):
     """Ctrl-C between two pieces of a long prompt."""
 
 
-def stream_answer(start: Callable[[OnProgress], Iterator[Chunk]], write: Callable[[str], None]) -> Outcome:
-    """Passes the text of each chunk to `write` as it comes.
+def stream_answer(
+    start: Callable[[OnProgress], Iterator[Chunk]],
+    write: Callable[[str], None] = lambda text: None,
+    write_thinking: Callable[[str], None] = lambda text: None,
+) -> Outcome:
+    """Passes the text of each chunk to `write` as it comes, and what is thought before it to `write_thinking`.
 
     `start` makes the iterator, a generator, from the callback that it reports the prompt's progress to; it is closed
     whatever happens, so that the library keeps what was streamed. Ctrl-C ends the answer after the token in the
     making, or the piece of the prompt; `AnswerInterrupt` says what a second one does.
     """
     parts: list[str] = []
+    thoughts: list[str] = []
     reason = None
+
+    def outcome(stopped_at: float | None = None) -> Outcome:
+        return Outcome("".join(parts), reason, stopped_at, "".join(thoughts))
+
     with AnswerInterrupt() as interrupt, StageProgress() as reading:
 
         def watch(progress: Progress) -> None:
@@ -46,16 +56,20 @@ def stream_answer(start: Callable[[OnProgress], Iterator[Chunk]], write: Callabl
             for chunk in chunks:
                 reading.stop()  # the bars' line is the answer's now
                 interrupt.has_text = True
-                parts.append(chunk.text)
-                write(chunk.text)
+                if chunk.thinking:
+                    thoughts.append(chunk.thinking)
+                    write_thinking(chunk.thinking)
+                if chunk.text:
+                    parts.append(chunk.text)
+                    write(chunk.text)
                 reason = chunk.finish_reason
                 if interrupt.requested and reason is None:
-                    return Outcome("".join(parts), None, interrupt.pressed_at)
+                    return outcome(interrupt.pressed_at)
         except _StopReading:
-            return Outcome("", None, interrupt.pressed_at)
+            return outcome(interrupt.pressed_at)
         finally:
             chunks.close()  # type: ignore[attr-defined]
-    return Outcome("".join(parts), reason, None)
+    return outcome()
 
 
 def ending_note(reason: str | None, context: int, remedy: str) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from .loading import opened
-from .options import LoadOptions, ModelArgument, SamplingOptions, StatsOption, SystemOption
+from .options import HideThinking, LoadOptions, ModelArgument, SamplingOptions, StatsOption, SystemOption
 from .session import Session
 from .settings import ChatSettings
 
@@ -18,10 +18,11 @@ def chat(
     sampling: SamplingOptions,
     system: SystemOption = None,
     stats: StatsOption = False,
+    hide_thinking: HideThinking = False,
 ) -> None:
     """Chat with a model that may be larger than the memory it gets."""
     with opened(model, load) as opened_model:
-        settings = ChatSettings(sampling.as_keywords(), show_stats=stats)
+        settings = ChatSettings(sampling.as_keywords(), show_stats=stats, hide_thinking=hide_thinking)
         code = Session(opened_model, display_name(model), settings, system).run()
     raise typer.Exit(code)
 

@@ -63,14 +63,31 @@ def say_error(sentence: str) -> None:
 
 
 class AnswerWriter:
-    """Writes answers to stdout as they come, each chunk at once."""
+    """Writes answers to stdout as they come, each chunk at once, and thoughts to stderr, dim.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    Args:
+        hide_thinking: of thoughts, only that there are some is said.
+    """
+
+    def __init__(self, stream: TextIO | None = None, hide_thinking: bool = False) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._strips = is_terminal(self._stream)
         self._at_line_start = True
+        self.hide_thinking = hide_thinking
+        self._thoughts_end = ""
+        """What has to follow the thoughts that are on the screen."""
+
+    def write_thinking(self, text: str) -> None:
+        if self.hide_thinking:
+            text = "" if self._thoughts_end else "(thinking)"
+        if text:
+            say(text, end="")
+            self._thoughts_end = "\n" if text.endswith("\n") else "\n\n"
 
     def write(self, text: str) -> None:
+        if text and self._thoughts_end:
+            say(end=self._thoughts_end)
+            self._thoughts_end = ""
         if self._strips:
             text = without_controls(text)
         if text:
@@ -79,6 +96,9 @@ class AnswerWriter:
             self._at_line_start = text.endswith("\n")
 
     def end_line(self) -> None:
-        """Ends the line that the answer has left open, if any."""
+        """Ends the line that the answer, or its thoughts, have left open, if any."""
+        if self._thoughts_end:
+            say(end=self._thoughts_end[1:])
+            self._thoughts_end = ""
         if not self._at_line_start:
             self.write("\n")

@@ -177,4 +177,7 @@ ModelArgument = Annotated[
 ]
 SystemOption = Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)]
 StatsOption = Annotated[bool, typer.Option("--stats", help="Print statistics after each answer.")]
+HideThinking = Annotated[
+    bool, typer.Option("--hide-thinking", help="Do not show what the model thinks before it answers.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -98,8 +98,11 @@ class Session:
             say_error(str(error))
 
     def _answer(self, text: str) -> None:
+        self._out.hide_thinking = self._settings.hide_thinking
         outcome = stream_answer(
-            lambda watch: self._conversation.send(text, on_progress=watch, **self._settings.sampling), self._out.write
+            lambda watch: self._conversation.send(text, on_progress=watch, **self._settings.sampling),
+            self._out.write,
+            self._out.write_thinking,
         )
         self._out.end_line()
         if outcome.stopped_at is not None:

@@ -1,4 +1,4 @@
-"""What `/set` changes during a chat: sampling parameters, the system prompt, statistics on or off."""
+"""What `/set` changes during a chat: sampling parameters, the system prompt, statistics and thoughts on or off."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..offload.model import Model
 
 SAMPLING_NAMES = (*RULES, "stop")
-NAMES = (*SAMPLING_NAMES, "system", "stats")
+NAMES = (*SAMPLING_NAMES, "system", "stats", "thinking")
 
 
 @dataclass
@@ -24,6 +24,7 @@ class ChatSettings:
 
     sampling: dict[str, Any] = field(default_factory=dict)
     show_stats: bool = False
+    hide_thinking: bool = False
 
     def set(self, name: str, text: str, conversation: Conversation) -> None:
         """Set `name` to what `text` says; `default` gives a sampling parameter back to the model.
@@ -39,7 +40,9 @@ class ChatSettings:
         if name == "system":
             conversation.system = _unquoted(text) or None
         elif name == "stats":
-            self.show_stats = _switch(text)
+            self.show_stats = _switch(name, text)
+        elif name == "thinking":
+            self.hide_thinking = not _switch(name, text)
         elif not text:
             raise UsageError(f"Give a value: /set {name} VALUE, or /set {name} default.")
         elif text == "default":
@@ -60,6 +63,7 @@ class ChatSettings:
             shown.append(f"{name:20}{'none' if value is None else value}{origin}")
         shown.append(f"{'system':20}{conversation.system or 'none'}")
         shown.append(f"{'stats':20}{'on' if self.show_stats else 'off'}")
+        shown.append(f"{'thinking':20}{'off' if self.hide_thinking else 'on'}")
         return shown
 
 
@@ -73,9 +77,9 @@ def _number(name: str, text: str) -> float:
     return value
 
 
-def _switch(text: str) -> bool:
+def _switch(name: str, text: str) -> bool:
     if text not in ("on", "off"):
-        raise UsageError("stats must be on or off.")
+        raise UsageError(f"{name} must be on or off.")
     return text == "on"
 
 

@@ -57,10 +57,8 @@ def run_apart(
         PocketMoEError: what the function raised, of the same class; or the child was killed.
         RuntimeError: any other exception in the child, with its traceback as the cause.
     """
-    # The path is given rather than found: `-m` would search the current directory first, and `-I` not the user's.
-    program = f"import sys; sys.path[:] = {[str(entry) for entry in sys.path]!r}; from {__name__} import main; main()"
     with subprocess.Popen(
-        [sys.executable, "-c", program],
+        python_command(f"from {__name__} import main; main()"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         encoding="utf-8",
@@ -92,6 +90,12 @@ def run_apart(
         case {"bug": text, "traceback": trace}:
             raise RuntimeError(text) from ChildTraceback(trace)
     raise _killed(child.returncode)
+
+
+def python_command(program: str) -> list[str]:
+    """The command that runs a statement in a new interpreter with this process's `sys.path`."""
+    # The path is given rather than found: `-m` would search the current directory first, and `-I` not the user's.
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {[str(entry) for entry in sys.path]!r}; {program}"]
 
 
 def _end(child: subprocess.Popen[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -42,19 +43,20 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         try:
             prompt = self._new_tokens()
-            chunks = self._model.answer(self._sequence, prompt, generated := [], on_progress, **options)
+            chunks = self._model.answer(self._sequence, prompt, generated := [], on_progress, self._text, **options)
             first = next(chunks)
         except BaseException:
             self.messages.pop()
             self._text = ""  # a prompt that broke off is in the sequence only in part
             raise
-        answer: dict[str, Any] = {"role": "assistant", "content": first.text}
+        answer: dict[str, Any] = {"role": "assistant", "content": ""}
         self.messages.append(answer)
-        complete = first.finish_reason is not None
+        complete = False
         try:
-            yield first
-            for chunk in chunks:
+            for chunk in itertools.chain([first], chunks):
                 answer["content"] += chunk.text
+                if chunk.thinking:
+                    answer["thinking"] = answer.get("thinking", "") + chunk.thinking
                 complete = chunk.finish_reason is not None
                 yield chunk
         finally:
@@ -65,8 +67,7 @@ class Conversation:
 
     def _render(self) -> str:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [{"role": m["role"], "content": m["content"]} for m in system + self.messages]
-        return self._model.render_chat(messages, True)
+        return self._model.render_chat([_for_template(m) for m in system + self.messages], True)
 
     def _new_tokens(self) -> list[int]:
         """The tokens that follow those in the sequence; takes back what no longer matches."""
@@ -107,7 +108,10 @@ class Conversation:
             raise DataError("this is not a saved pocketmoe conversation")
         messages = data.get("messages")
         good = isinstance(messages, list) and all(
-            isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str)
+            isinstance(m, dict)
+            and m.get("role") in ("user", "assistant")
+            and isinstance(m.get("content"), str)
+            and isinstance(m.get("thinking", ""), str)
             for m in messages
         )
         if not good or not isinstance(data.get("system"), (str, type(None))):
@@ -119,3 +123,11 @@ class Conversation:
     def require_template(self) -> None:
         if not self._model.has_chat_template:
             raise UsageError("this model has no chat template; use `pocketmoe run --raw` to continue a text with it")
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, str]:
+    """What a template sees of a message. Thoughts go under the names that templates know them by, which then keep or
+    drop them as the model was trained; a template that knows none never sees them."""
+    thinking = message.get("thinking")
+    shown = {"role": message["role"], "content": message["content"]}
+    return shown | ({"reasoning_content": thinking, "thinking": thinking} if thinking else {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from .errors import DeviceMemoryError, UsageError
 from .hf_families import STEPWISE
 from .kv_cache import announce_prompt, can_crop, new_kv_cache, take_back
 from .lean import LeanDecoder
+from .reasoning import Plain, Splitter
 from .sampling import Sampler, Sampling
 from .source import OnProgress, Progress
 
@@ -25,11 +26,13 @@ _NO_MEMORY = "the GPU's memory has run out; load with a smaller --vram (it leave
 @dataclass(frozen=True)
 class Chunk:
     """A piece of an answer. `tokens` counts the answer's tokens so far; `finish_reason` comes with the last chunk:
-    "stop" (end of answer or a stop text), "length" (max_tokens) or "context" (no room left)."""
+    "stop" (end of answer or a stop text), "length" (max_tokens) or "context" (no room left). `thinking` is what the
+    model thinks before it speaks; in a chunk with both, it comes first."""
 
     text: str
     tokens: int
     finish_reason: str | None = None
+    thinking: str = ""
 
 
 class Completion(NamedTuple):
@@ -39,6 +42,7 @@ class Completion(NamedTuple):
     prompt_tokens: int
     generated_tokens: int
     finish_reason: str
+    thinking: str = ""
 
 
 class Sequence:
@@ -155,9 +159,14 @@ class Sequence:
 
 
 class TextStream:
-    """Token ids to text that never ends inside a character, and never shows what may yet become a stop text."""
+    """Token ids to text that never ends inside a character, and never shows what may yet become a stop text.
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
+    Args:
+        hidden: tokens that are no text; all special ones by default.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], hidden: Collection[int] | None = None) -> None:
+        self._hidden = hidden
         self._tokenizer, self._stop = tokenizer, tuple(s for s in stop if s)
         self._ids: list[int] = []
         self._from = self._read = 0
@@ -182,7 +191,9 @@ class TextStream:
         return self._give(now[len(before) :], final=True)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        if self._hidden is None:
+            return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode([i for i in ids if i not in self._hidden], skip_special_tokens=False)
 
     def _give(self, text: str, final: bool) -> str:
         if self.stopped:
@@ -213,6 +224,8 @@ def stream_answer(
     on_progress: OnProgress | None = None,
     generated: list[int] | None = None,
     after_step: Callable[[], None] = lambda: None,
+    splitter: Splitter | None = None,
+    hidden: Collection[int] | None = None,
 ) -> Iterator[Chunk]:
     """Feed a prompt and yield the answer piece by piece.
 
@@ -221,6 +234,8 @@ def stream_answer(
         ends: token ids that end the answer.
         generated: filled with the answer's token ids, the ending one included.
         after_step: called between forward passes.
+        splitter: tells thoughts from the rest; without one, all is text.
+        hidden: as in `TextStream`.
 
     Raises:
         UsageError: the prompt does not fit into the context.
@@ -241,7 +256,8 @@ def stream_answer(
     stats.record_prompt(len(prompt), time.perf_counter() - begin)
     stats.time_to_first_token_s = time.perf_counter() - begin
     stats.enter("answer")
-    text, count, reason = TextStream(tokenizer, sampling.stop), 0, None
+    text, count, reason = TextStream(tokenizer, sampling.stop, hidden), 0, None
+    splitter = splitter or Plain()
     steps, begin, forward = 0, time.perf_counter(), 0.0
     generated = generated if generated is not None else []
     while True:
@@ -256,12 +272,12 @@ def stream_answer(
         elif len(sequence.ids) + 1 > sequence.context:
             reason = "context"
         if reason is not None:
-            piece += text.finish()
+            part, rest = splitter.push(piece + text.finish()), splitter.finish()
             stats.finish_reason = reason
-            yield Chunk(piece, count, reason)
+            yield Chunk(part.text + rest.text, count, reason, part.thinking + rest.thinking)
             return
-        if piece:
-            yield Chunk(piece, count)
+        if piece and any(part := splitter.push(piece)):
+            yield Chunk(part.text, count, thinking=part.thinking)
         after_step()
         begin, steps = time.perf_counter(), 1
         logits = sequence.feed([token])

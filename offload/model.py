@@ -27,11 +27,13 @@ from .planning import plan_load
 from .popularity import Popularity
 from .predictor import RouterPredictor
 from .prefetch import NoPrefetch, Prefetcher
+from .reasoning import AnswerFormat
 from .recorder import make_recorder
 from .runtime import ExpertRuntime
 from .sampling import read_generation_config
 from .source import OnNotice, OnProgress
 from .store import ExpertStore
+from .templates import make_template
 from .tiers import RamSlots
 from .tokenizer import load_tokenizer
 from .transfer import ThreadedTransfers
@@ -80,6 +82,7 @@ class Model:
         if [site.layer for site in skeleton.sites] != manifest.layers:
             raise DataError(f"{self.path}: config.json and pocketmoe.json describe different experts; convert again")
         self.tokenizer = load_tokenizer(self.path)
+        self._template, self._answers = make_template(self.tokenizer, notice), AnswerFormat(self.tokenizer)
         self.sampling, self._ends = read_generation_config(self.path)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self._ends.add(self.tokenizer.eos_token_id)
@@ -162,14 +165,18 @@ class Model:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return self._template is not None
 
     def generate(self, prompt: str, **options: Any) -> Completion:
         """The whole answer to a prompt. Options as for `stream`."""
         chunks = list(self.stream(prompt, **options))
         snapshot = self._stats.snapshot()
         return Completion(
-            "".join(c.text for c in chunks), snapshot.prompt.tokens, chunks[-1].tokens, chunks[-1].finish_reason or ""
+            "".join(c.text for c in chunks),
+            snapshot.prompt.tokens,
+            chunks[-1].tokens,
+            chunks[-1].finish_reason or "",
+            "".join(c.thinking for c in chunks),
         )
 
     def stream(
@@ -189,11 +196,12 @@ class Model:
             options: fields of `Sampling`; the model's own defaults otherwise.
         """
         if raw or not self.has_chat_template:
-            ids = self.encode(prompt, special=True)
+            ids, rendered = self.encode(prompt, special=True), None
         else:
             messages = [{"role": "system", "content": system}] if system else []
-            ids = self.encode(self.render_chat([*messages, {"role": "user", "content": prompt}], True))
-        yield from self.answer(self.new_sequence(), ids, [], on_progress, **options)
+            rendered = self.render_chat([*messages, {"role": "user", "content": prompt}], True)
+            ids = self.encode(rendered)
+        yield from self.answer(self.new_sequence(), ids, [], on_progress, rendered, **options)
 
     def chat(self, system: str | None = None) -> Conversation:
         """A new conversation."""
@@ -207,12 +215,17 @@ class Model:
         ids: list[int],
         generated: list[int],
         on_progress: Callable[..., None] | None = None,
+        rendered: str | None = None,
         **options: Any,
     ) -> Generator[Chunk, None, None]:
-        """Feed new tokens to a sequence and stream the answer; `generated` is filled with its token ids."""
+        """Feed new tokens to a sequence and stream the answer; `generated` is filled with its token ids.
+
+        Args:
+            rendered: the chat that is answered, as `render_chat` made it; it tells what of the answer is thought.
+        """
         if self._closed:
             raise UsageError("this model has been closed")
-        sampling = self.sampling.with_options(**options)
+        sampling, form = self.sampling.with_options(**options), None if rendered is None else self._answers
         if not sequence.ids:
             self._recorder.new_sequence()
         try:
@@ -226,6 +239,8 @@ class Model:
                 on_progress,
                 generated,
                 self._after_step,
+                form and form.splitter(rendered or ""),
+                form and form.hidden,
             )
         finally:
             self._after_forward()  # torch runs no hook after Ctrl-C
@@ -249,16 +264,12 @@ class Model:
     def decode_exactly(self, ids: list[int]) -> str:
         return self._require_tokenizer().decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def render_chat(self, messages: list[dict[str, str]], generation_prompt: bool) -> str:
-        """Messages as the text that the model's chat template makes of them. Raises UsageError when it refuses."""
-        from jinja2.exceptions import TemplateError
-
-        try:
-            return self._require_tokenizer().apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except TemplateError as error:
-            raise UsageError(f"the model's chat template refuses this conversation: {error}") from None
+    def render_chat(self, messages: list[dict[str, Any]], generation_prompt: bool) -> str:
+        """Messages as the text that the model's chat template makes of them. Raises what `ChatTemplate.render` does."""
+        self._require_tokenizer()
+        if self._template is None:
+            raise UsageError(f"{self.path} has no chat template")
+        return self._template.render(messages, generation_prompt)
 
     def _require_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -359,6 +370,8 @@ class Model:
                 self._popularity.add(self._stats.uses)
             self._store.close()
             self._recorder.close()
+            if self._template is not None:
+                self._template.close()
 
     def __enter__(self) -> Model:
         return self

@@ -3,7 +3,8 @@
 `python fakes_cli.py [--double-press=SECONDS] ARGUMENTS` is `pocketmoe ARGUMENTS` with this model: the tests run it on
 a real terminal. The prompt chooses what happens: `endless` answers until it is stopped, `stuck` never gets past its
 prompt, `long` neither but reports progress, `read` reports it once, `full` ends with a full context, `fail` raises a
-user's error and `crash` a bug, `evil` answers with terminal escapes; everything else is repeated word by word.
+user's error and `crash` a bug, `think` thinks first, `evil` answers with terminal escapes; everything else is repeated
+word by word.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Chunk(NamedTuple):
     text: str
     tokens: int = 1
     finish_reason: str | None = None
+    thinking: str = ""
 
 
 class FakeConversation:
@@ -90,6 +92,9 @@ class FakeModel:
         if prompt == "full":
             yield Chunk("half", 1, "context")
             return
+        if prompt == "think":
+            yield Chunk("", 1, thinking="let me ")
+            yield Chunk("", 2, thinking="see")
         while prompt == "endless":
             self._generated += 1
             yield Chunk(f"word{self._generated} ")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 from pocketmoe.offload.errors import DataError, UsageError
 from pocketmoe.offload.loading import load
+from pocketmoe.offload.reasoning import AnswerFormat
 
 GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 6}
 
@@ -22,9 +25,9 @@ def fed(model, monkeypatch):
     counts: list[int] = []
     answer = model.answer
 
-    def counting(sequence, ids, generated, on_progress=None, **options):
+    def counting(sequence, ids, *args, **options):
         counts.append(len(ids))
-        return answer(sequence, ids, generated, on_progress, **options)
+        return answer(sequence, ids, *args, **options)
 
     monkeypatch.setattr(model, "answer", counting)
     return counts
@@ -140,3 +143,46 @@ def test_a_template_that_raises_is_one_sentence(tmp_path):
     tiny.add_tokenizer(checkpoint, chat_template="{{ raise_exception('no system role') }}")
     with load(checkpoint, ram="4GB", codec="f32") as model, pytest.raises(UsageError, match="no system role"):
         say(model.chat(), "hi")
+
+
+class Scripted:
+    """A sampler that says what it is told to."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids = iter(ids)
+
+    def choose(self, _logits) -> int:
+        return next(self._ids)
+
+
+def test_thoughts_come_apart_and_the_template_decides_whether_they_are_history(model, monkeypatch):
+    answer = model.encode("<think>\n2 and 2\n</think>\n\n4".replace("\n", " ")) + model.encode("<|end|>")
+    monkeypatch.setattr("pocketmoe.offload.generate.Sampler", lambda *_: Scripted(answer))
+    monkeypatch.setattr(model, "_answers", AnswerFormat(SimpleNamespace(chat_template="</think>")))
+    chat = model.chat()
+    chunks = list(chat.send("2+2?"))
+    assert ("".join(c.thinking for c in chunks), "".join(c.text for c in chunks)) == ("2 and 2", "4")
+    assert all(c.text or c.thinking for c in chunks[:-1])
+    assert chat.messages[1] == {"role": "assistant", "content": "4", "thinking": "2 and 2"}
+    asked = []
+    monkeypatch.setattr(model, "render_chat", lambda messages, _: asked.append(messages) or "again")
+    list(chat.send("sure?"))
+    known = {"reasoning_content": "2 and 2", "thinking": "2 and 2"}  # the library's name, and gpt-oss's
+    assert asked[0][1] == {"role": "assistant", "content": "4"} | known
+    other = model.chat()
+    other.restore(chat.to_dict())
+    assert other.messages == chat.messages
+    completion = model.generate("2+2?")
+    assert (completion.text, completion.thinking) == ("4", "2 and 2")
+    assert model.generate("2+2?", raw=True).text == "<think> 2 and 2 </think>  4"
+
+
+def test_what_was_dropped_from_the_history_is_taken_back_from_the_cache(model, monkeypatch):
+    chat = model.chat()
+    answer = model.encode("<think>2 and 2</think>4") + model.encode("<|end|>")
+    monkeypatch.setattr("pocketmoe.offload.generate.Sampler", lambda *_: Scripted(answer))
+    monkeypatch.setattr(model, "_answers", AnswerFormat(SimpleNamespace(chat_template="</think>")))
+    list(chat.send("2+2?"))
+    list(chat.send("sure?"))
+    history = model.decode_exactly(chat._sequence.ids)
+    assert history.startswith("<|user|>2+2?<|end|><|assistant|>4<|end|><|user|>sure?<|end|><|assistant|><think>")

@@ -105,6 +105,12 @@ def test_set_changes_the_system_prompt_and_the_statistics_switch(models):
     assert result.stderr.count("2.5 tokens/s") == 1
 
 
+def test_set_thinking_shows_and_hides_what_is_thought(models):
+    result = chat("think", "/set thinking off", "think", "/set thinking on", "think")
+    assert result.stdout == "think\n" * 3
+    assert result.stderr.removeprefix(models[0].plan + "\n") == "let me see\n\n(thinking)\n\nlet me see\n\n"
+
+
 @pytest.mark.parametrize(
     ("line", "word"),
     [

@@ -79,6 +79,15 @@ def test_json_prints_one_object_with_the_promised_keys_and_nothing_else(models):
     assert "Counted: 1 tokens of 1 answer" in result.stderr
 
 
+def test_thoughts_go_to_stderr_or_are_hidden_and_the_json_holds_both(models):
+    shown, hidden = invoke("run", "fake", "think"), invoke("run", "fake", "think", "--hide-thinking")
+    assert shown.stdout == hidden.stdout == "think\n"
+    assert shown.stderr.endswith("let me see\n\n")
+    assert hidden.stderr.endswith("(thinking)\n\n") and "let me" not in hidden.stderr
+    answer = json.loads(invoke("run", "fake", "think", "--json").stdout)
+    assert (answer["text"], answer["thinking"]) == ("think", "let me see")
+
+
 def test_sampling_options_reach_the_model_and_what_is_not_given_is_left_to_it(models):
     options = "--temperature 0 --top-p 0.5 --top-k 3 --min-p 0.1 --repetition-penalty 1.1 --seed 7 --max-tokens 9"
     assert invoke("run", "fake", "hi", *options.split(), "--stop", "a", "--stop", "b\n").exit_code == 0

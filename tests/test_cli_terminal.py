@@ -235,6 +235,12 @@ def test_an_answer_cannot_control_the_terminal(start):
     assert lines[-1].endswith("end")
 
 
+def test_thoughts_are_dim_and_end_before_the_answer(start):
+    child = start("run", "fake", "think")
+    assert screen_of(child)[-2:] == ["let me see", "think"]
+    assert "\x1b[2mlet me \x1b[0m" in child.before
+
+
 def test_progress_bars_leave_only_the_notices_and_the_plan_on_the_screen(start):
     child = start("run", "noisy", "hi")
     lines = screen_of(child)

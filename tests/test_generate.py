@@ -134,6 +134,11 @@ def test_streamed_text_is_whole_characters_and_complete(text):
     assert text == "�" or not any("�" in piece for piece in out)
 
 
+def test_hidden_tokens_are_no_text():
+    stream = TextStream(ByteTokenizer(), (), hidden={ord("#")})
+    assert "".join(stream.push(byte) for byte in "a#ü##b".encode()) + stream.finish() == "aüb"
+
+
 def test_a_text_that_ends_inside_a_character_shows_a_replacement_only_at_the_end():
     stream = TextStream(ByteTokenizer(), ())
     out = [stream.push(byte) for byte in b"ab" + "é".encode()[:1]]

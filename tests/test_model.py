@@ -56,7 +56,7 @@ def test_a_store_outlives_its_checkpoint(checkpoint):
     assert find_store(checkpoint) == store
 
 
-def test_what_is_neither_a_directory_nor_in_the_hub_cache_is_one_sentence():
+def test_what_is_neither_here_nor_in_the_hub_cache_is_one_sentence():
     for name in ("no/such-model", "/no/such/directory", "a b c"):
         with pytest.raises(DataError, match="there is no"):
             load(name)
