@@ -67,6 +67,7 @@ class FakeModel:
     def __init__(self, path: str, options: dict[str, Any]) -> None:
         self.path, self.options = path, options
         self.plan = "plan: trunk 1 MB, KV 1 MB\nplan: 8 of 16 experts in RAM"
+        self.vram_plan = None
         self.context = 4096
         self.sampling = SimpleNamespace(
             temperature=0.6, top_p=0.9, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=None, max_tokens=512, stop=()
