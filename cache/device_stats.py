@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -26,10 +28,11 @@ class DeviceStats:
 
     Args:
         slots: how many there are.
+        link: bytes per second of copies to the device with nothing else going on, if somebody has measured them.
     """
 
-    def __init__(self, layers: int, record_bytes: int, slots: int) -> None:
-        self.record_bytes, self.slots = record_bytes, slots
+    def __init__(self, layers: int, record_bytes: int, slots: int, link: float | None = None) -> None:
+        self.record_bytes, self.slots, self.link_peak = record_bytes, slots, link
         self.reset(layers)
 
     def reset(self, layers: int | None = None) -> None:
@@ -57,6 +60,27 @@ class DeviceStats:
         self.copies += 1
         self.copy_s += seconds
 
+    def snapshot(self) -> DeviceStats:
+        return copy.deepcopy(self)
+
+    def merge(self, other: DeviceStats) -> None:
+        """Add the counters of a later run of the same model."""
+        for mine, more in zip(self.per_layer, other.per_layer, strict=True):
+            for f in fields(mine):
+                setattr(mine, f.name, getattr(mine, f.name) + getattr(more, f.name))
+        self.slots, self.link_peak = other.slots, other.link_peak
+        self.copies += other.copies
+        self.copy_s += other.copy_s
+
+    @property
+    def bytes_copied(self) -> int:
+        return (self.total("copied") + self.total("admitted")) * self.record_bytes
+
+    @property
+    def link_speed(self) -> float | None:
+        """Bytes per second while a copy was under way."""
+        return self.copies * self.record_bytes / self.copy_s if self.copy_s else None
+
     def total(self, name: str) -> int:
         """The sum of a counter over all layers."""
         return sum(getattr(counters, name) for counters in self.per_layer)
@@ -72,11 +96,23 @@ class DeviceStats:
         """Totals, rates and layers, JSON-serialisable. Bytes per second are those of copies under way."""
         totals = {f.name: self.total(f.name) for f in fields(DeviceLayerStats)}
         return {
+            "record_bytes": self.record_bytes,
             "slots": self.slots,
+            "link_peak": self.link_peak,
             **totals,
             "hit_rate": totals["hits"] / totals["requests"] if totals["requests"] else None,
-            "bytes_copied": (totals["copied"] + totals["admitted"]) * self.record_bytes,
-            "link_bytes_per_s": self.copies * self.record_bytes / self.copy_s if self.copy_s else None,
+            "bytes_copied": self.bytes_copied,
+            "link_bytes_per_s": self.link_speed,
+            "copies": self.copies,
             "copy_s": self.copy_s,
             "per_layer": [asdict(counters) for counters in self.per_layer],
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DeviceStats:
+        """What `to_dict` gave. Raises LookupError or TypeError when it is something else."""
+        out = cls(len(data["per_layer"]), data["record_bytes"], data["slots"], data["link_peak"])
+        names = [f.name for f in fields(DeviceLayerStats)]
+        out.per_layer = [DeviceLayerStats(**{n: int(counters[n]) for n in names}) for counters in data["per_layer"]]
+        out.copies, out.copy_s = data["copies"], data["copy_s"]
+        return out

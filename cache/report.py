@@ -13,6 +13,7 @@ from .cost import DiskSpeed
 from .verdict import verdict
 
 if TYPE_CHECKING:
+    from .device_stats import DeviceStats
     from .stats import RunStats
 
 FORMAT, VERSION = "pocketmoe-report", 1
@@ -21,6 +22,7 @@ PARTS = {
     "experts": "experts' kernels",
     "cache": "the cache's own work",
     "trunk": "attention, routers, head",
+    "device": "the GPU, and launching its work",
     "text": "sampling and text",
 }
 """Of a token's time, and what they are called."""
@@ -59,6 +61,7 @@ def report(run: RunStats, disk: DiskSpeed | None = None, replays: bool = True) -
         "time_per_token": _time_per_token(run),
         "links": _links(run, disk),
         "tiers": _tiers(run),
+        "device": run.device and {name: run.device.total(name) for name in ("copied", "on_cpu", "admitted")},
         "prefetch": _prefetch(run),
         "experts": _experts(run),
         "what_if": advice
@@ -87,6 +90,9 @@ def _time_per_token(run: RunStats) -> dict[str, Any] | None:
         "trunk": forward - layers,
         "text": total - forward,
     }
+    if run.device is not None:  # what the GPU does is not seen from here, but as the rest
+        seconds["device"] = seconds.pop("cache") + seconds.pop("trunk")
+        seconds["text"] = seconds.pop("text")
     parts = [{"name": name, "seconds": s / answer.steps, "share": _ratio(s, total)} for name, s in seconds.items()]
     return {"seconds": total / answer.steps, "parts": parts}
 
@@ -95,6 +101,7 @@ def _links(run: RunStats, disk: DiskSpeed | None) -> list[dict[str, Any]]:
     """What moved between the tiers. The peak is None where it was not measured."""
     speed, seconds = _ratio(run.total("bytes_read"), run.read_busy_s), run.prompt.seconds + run.answer.seconds
     return [
+        *_link_to_device(run, seconds),
         {
             "name": "disk to RAM",
             "bytes": run.total("bytes_read"),
@@ -106,14 +113,42 @@ def _links(run: RunStats, disk: DiskSpeed | None) -> list[dict[str, Any]]:
             "in_flight": _ratio(run.read_wait_s, run.read_busy_s),
             "bytes_per_s": speed,
             "peak_bytes_per_s": disk and disk.bytes_per_s,
+            "peak_source": "direct reads of this store, measured just now",
             "use": speed and disk and speed / disk.bytes_per_s,
+        },
+    ]
+
+
+def _link_to_device(run: RunStats, seconds: float) -> list[dict[str, Any]]:
+    """Copies to a device; they come one after the other."""
+    device = run.device
+    if device is None:
+        return []
+    tokens = run.prompt.tokens + run.answer.steps
+    return [
+        {
+            "name": "RAM to VRAM",
+            "bytes": device.bytes_copied,
+            "bytes_per_token": _ratio(device.bytes_copied, tokens),
+            "on_demand": device.total("copied"),
+            "ahead": device.total("admitted"),
+            "busy_s": device.copy_s,
+            "busy_share": _ratio(device.copy_s, seconds),
+            "in_flight": 1.0 if device.copies else None,
+            "bytes_per_s": device.link_speed,
+            "peak_bytes_per_s": device.link_peak,
+            "peak_source": "copies of a record at a time, measured at the start",
+            "use": device.link_speed and device.link_peak and device.link_speed / device.link_peak,
         }
     ]
 
 
 def _tiers(run: RunStats) -> list[dict[str, Any]]:
-    """Where requests found their experts. All records have one size: rates by count and by bytes are the same."""
+    """Where requests found their experts, the fastest tier first; each is asked for what those before it lack. All
+    records have one size: rates by count and by bytes are the same."""
     names = ("requests", "hits", "prefetch_hits", "late", "misses")
+    if run.device is not None:
+        return _tiers_below_device(run, run.device)
     return [
         {
             "name": "RAM",
@@ -125,6 +160,30 @@ def _tiers(run: RunStats) -> list[dict[str, Any]]:
             "per_layer": [{name: getattr(counters, name) for name in names} for counters in run.per_layer],
         }
     ]
+
+
+def _tiers_below_device(run: RunStats, device: DeviceStats) -> list[dict[str, Any]]:
+    def tier(name: str, slots: int | None, per_layer: list[dict[str, int]]) -> dict[str, Any]:
+        total = {key: sum(layer[key] for layer in per_layer) for key in per_layer[0]}
+        return {
+            "name": name,
+            "slots": slots,
+            "experts": run.total_experts,
+            "record_bytes": run.record_bytes,
+            **total,
+            "hit_rate": _ratio(total["hits"], total["requests"]),
+            "per_layer": per_layer,
+        }
+
+    above, below = [], []
+    for c, d in zip(run.per_layer, device.per_layer, strict=True):
+        missing = d.requests - d.hits
+        above.append({"requests": d.requests, "hits": d.hits, "prefetch_hits": 0, "late": 0, "misses": missing})
+        ahead, late = c.prefetch_hits, c.late
+        below.append(
+            {"requests": missing, "hits": missing - c.misses, "prefetch_hits": ahead, "late": late, "misses": c.misses}
+        )
+    return [tier("VRAM", device.slots, above), tier("RAM", run.slots, below)]
 
 
 def _prefetch(run: RunStats) -> dict[str, Any]:

@@ -119,8 +119,13 @@ def _links(report: Report) -> Section:
             notes.append(
                 f"{link['name']}: {link['on_demand']:,} records on demand, {link['ahead']:,} ahead; "
                 f"{link['in_flight'] or 0:.1f} at a time while busy. "
-                + ("The peak: direct reads of this store, measured just now." if peak else "The peak was not measured.")
+                + (f"The peak: {link['peak_source']}." if peak else "The peak was not measured.")
             )
+    if device := report["device"]:
+        notes.append(
+            f"Of what VRAM lacked, {device['copied']:,} were copied up to be computed there and {device['on_cpu']:,} "
+            f"computed by the CPU, {device['admitted']:,} of which came up afterwards."
+        )
     columns = ("link", "moved", "a token", "busy", "while busy", "peak")
     return Section("Links", table=Table(columns, tuple(rows)), notes=tuple(notes))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .counters import LayerStats, PhaseStats, Step, copied, filled, outstanding, values_of
+from .device_stats import DeviceStats
 from .expert import ExpertId, Lookup
 from .history import History
 
@@ -74,6 +75,8 @@ class RunStats:
     """Requests for each expert."""
     residents: list[ExpertId] | None = None
     """Who was in a slot, where somebody has asked."""
+    device: DeviceStats | None = None
+    """The tier above RAM, where there is one."""
     history: History | None = field(default=None, repr=False, compare=False)
     """The latest tokens' routing, where somebody has asked."""
     per_layer: list[LayerStats] = field(default_factory=list)
@@ -201,6 +204,7 @@ class RunStats:
             copy = RunStats(**{f.name: getattr(self, f.name) for f in fields(self)})
             copy.per_layer = [copied(counters) for counters in self.per_layer]
             copy.prompt, copy.answer = copied(self.prompt), copied(self.answer)
+            copy.device = self.device and self.device.snapshot()
             copy.uses, copy.pace = dict(self.uses), self.pace.copy()
             copy._phase = copy.prompt if self._phase is self.prompt else copy.answer
             copy._in_flight, copy._in_flight_since = self._in_flight, self._in_flight_since
@@ -217,6 +221,8 @@ class RunStats:
             self.prompt, self.answer = PhaseStats(), PhaseStats()
             self._phase = self.prompt if in_prompt else self.answer
             self.read_busy_s = self.read_wait_s = 0.0
+            if self.device is not None:
+                self.device.reset()
             self.uses = {}
             self.pace.clear()
             self._waited = self._missing = 0
@@ -247,6 +253,8 @@ class RunStats:
             for expert, count in theirs.uses.items():
                 self.uses[expert] = self.uses.get(expert, 0) + count
             self.pace.extend(theirs.pace)
+            if self.device is not None and theirs.device is not None:
+                self.device.merge(theirs.device)
             self._waited, self._missing = self.answer.stall_s, self.answer.missing
             peaks = [peak for peak in (self.peak_rss_bytes, theirs.peak_rss_bytes) if peak is not None]
             for name in _DESCRIPTION:
@@ -275,6 +283,8 @@ class RunStats:
             by_layer[expert.layer] += count
         requests = [c.requests for c in run.per_layer]
         assert by_layer == requests, f"experts were used {by_layer} times by layer, but requested {requests} times"
+        if run.device is not None:
+            run.device.check()
         stalls, total = run.prompt.stall_s + run.answer.stall_s, run.total("stall_s")
         assert abs(stalls - total) <= 1e-6 * max(1.0, total), f"stall: {stalls} s in phases != {total} s in layers"
 
@@ -325,6 +335,7 @@ class RunStats:
             "read_busy_s": run.read_busy_s,
             "read_wait_s": run.read_wait_s,
             "phases": {"prompt": asdict(run.prompt), "answer": asdict(run.answer)},
+            "device": run.device and run.device.to_dict(),
             "per_layer": [{**asdict(c), "hit_rate": _ratio(c.hits, c.requests)} for c in run.per_layer],
         }
 
@@ -370,6 +381,7 @@ class RunStats:
                 pace=deque((Step(*step) for step in data["pace"]), maxlen=MOST_STEPS),
                 uses={ExpertId(layer, index): count for layer, index, count in data["uses"]},
                 residents=data["residents"] and [ExpertId(*expert) for expert in data["residents"]],
+                device=data["device"] and DeviceStats.from_dict(data["device"]),
                 history=data["history"] and History.from_dict(data["history"]),
             )
             run.check()

@@ -17,6 +17,7 @@ _COMPUTE = {
     "experts": "goes into the experts' kernels",
     "cache": "is the cache's own work",
     "trunk": "goes into attention, routers and head",
+    "device": "is the GPU's, and what it takes to launch its work",
     "text": "goes into sampling and text",
 }
 WORTH = 0.1
@@ -49,7 +50,7 @@ def verdict(report: Mapping[str, Any]) -> tuple[str | None, str]:
                 f"The policy is the limit: on this routing {own['policy']} hits {own['hit_rate']:.0%} and lru "
                 f"{lru['hit_rate']:.0%}; try --policy lru."
             )
-    link = max(report["links"], key=lambda link: link["busy_s"])
+    link = report["links"][-1]  # nobody waits for the others: there, kernels wait for their own experts only
     source = link["name"].split()[0]
     lead = f"The {source} is the limit" if (link["use"] or 1.0) >= BUSY_LINK else "Late reads are the limit"
     speed = f"{format_bytes(link['bytes_per_s'] or 0)}/s"

@@ -104,7 +104,10 @@ def make_device_runtime(
     floor = max(1, min(top_k, slots.capacity // layers))
     cache = ExpertCache(slots.capacity, get_policy(config.policy, slots.capacity, layers * floor), layers, floor)
     costs = measure_costs(device, slots, ram, kernels[0], hidden[0])
-    return DeviceRuntime(device, cache, slots, ram, kernels, costs, config.deterministic)
+    runtime = DeviceRuntime(device, cache, slots, ram, kernels, costs, config.deterministic)
+    runtime.stats.link_peak = record / costs.copy.each if costs.copy.each else None
+    ram.stats.device = runtime.stats
+    return runtime
 
 
 def measure_costs(

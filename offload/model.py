@@ -348,8 +348,6 @@ class Model:
     def reset_stats(self) -> None:
         self._stats.reset()
         self._runtime.history.clear()
-        if self._on_device is not None:
-            self._on_device.stats.reset()
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the cache's books or the statistics do not add up (for tests)."""
@@ -357,7 +355,6 @@ class Model:
         if self._on_device is not None:
             self._on_device.drain()
             self._on_device.cache.check_integrity(idle=True)
-            self._on_device.stats.check()
         self._runtime.cache.check_integrity(idle=True)
         self._stats.check()
 

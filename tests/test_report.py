@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fakes_run import COSTS, DISK, EXPERTS, LAYERS, RECORD, a_run
+from pocketmoe.cache.device_stats import DeviceStats
 from pocketmoe.cache.expert import ExpertId, Lookup
 from pocketmoe.cache.report import report
 from pocketmoe.cache.report_html import as_html
@@ -34,6 +35,19 @@ def wide_run(layers: int, experts: int) -> RunStats:
         for _ in range(9):
             run.record(layer, Lookup(everybody[:1], ()))
     run.residents = [ExpertId(layer, 1) for layer in range(layers)]
+    return run
+
+
+def with_device(run: RunStats) -> RunStats:
+    """Half of each layer's hits were in VRAM."""
+    run.device = DeviceStats(run.layers, RECORD, slots=5, link=12e9)
+    for layer, counters in enumerate(run.per_layer):
+        hits = counters.hits // 2
+        run.device.record(layer, hits, counters.requests)
+        run.device.record_copied(layer, 3)
+        run.device.record_cpu(layer, counters.requests - hits - 3)
+        run.device.record_admitted(layer)
+        run.device.record_copy(RECORD / 6e9)
     return run
 
 
@@ -72,7 +86,7 @@ def test_the_data_has_the_shape_of_version_1():
         "time_per_token": {"seconds": "float", "parts": [{"name": "str", "seconds": "float", "share": "float"}]},
         "links": [
             {
-                "name": "str",
+                **dict.fromkeys(("name", "peak_source"), "str"),
                 **dict.fromkeys(("bytes", "on_demand", "ahead"), "int"),
                 **dict.fromkeys(("bytes_per_token", "busy_s", "busy_share", "in_flight"), "float"),
                 **dict.fromkeys(("bytes_per_s", "peak_bytes_per_s", "use"), "float"),
@@ -87,6 +101,7 @@ def test_the_data_has_the_shape_of_version_1():
                 "per_layer": [layer],
             }
         ],
+        "device": "NoneType",
         "prefetch": {
             "state": "NoneType",
             **dict.fromkeys(("issued", "useful", "late", "wasted", "cancelled", "wasted_bytes"), "int"),
@@ -121,6 +136,22 @@ def test_the_parts_of_a_tokens_time_add_up_to_the_wall():
     assert sum(part["seconds"] for part in split["parts"]) == pytest.approx(split["seconds"])
     assert sum(part["share"] for part in split["parts"]) == pytest.approx(1)
     assert min(part["seconds"] for part in split["parts"]) >= 0
+
+
+def test_with_a_gpu_each_tier_is_asked_for_what_those_above_it_lack(tmp_path):
+    run = with_device(a_run())
+    run.check()
+    vram, ram = report(run, DISK, replays=False)["tiers"]
+    assert (vram["name"], ram["name"]) == ("VRAM", "RAM")
+    assert ram["requests"] == vram["misses"] and ram["misses"] == run.total("misses")
+    assert vram["hits"] + ram["hits"] == run.total("hits")
+    up, down = report(run, DISK, replays=False)["links"]
+    assert up["bytes"] == run.layers * 4 * RECORD and up["use"] == pytest.approx(0.5)
+    assert down["name"] == "disk to RAM"
+    text = " ".join(as_text(sections(report(run, DISK, replays=False))).split())
+    assert "Hits in VRAM" in text and "computed by the CPU" in text and "launching its work" in text
+    run.save(tmp_path / "run.json")
+    assert RunStats.load(tmp_path / "run.json").to_dict() == run.to_dict()
 
 
 def test_a_links_use_is_its_speed_while_busy_beside_the_measured_peak():
