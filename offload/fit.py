@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..cache.units import format_bytes
 from ..quant.codecs import get_codec, record_layout
@@ -12,6 +12,7 @@ from ..quant.linear import matrix_format
 from . import hf, memory
 from .checkpoint import CheckpointSource
 from .config import KEEP
+from .device import default_device
 from .errors import DataError, UsageError
 from .hub_source import HubSource
 
@@ -32,13 +33,13 @@ class StoreSize(NamedTuple):
 
 
 def require_fit(
-    source: HubSource, codec: str, trunk: str, dest: Path, keep_source: bool, to_run: dict[str, int | None] | None
+    source: HubSource, codec: str, trunk: str, dest: Path, keep_source: bool, to_run: dict[str, Any] | None
 ) -> None:
     """Check that a model can be downloaded, converted and, if that is what for, run.
 
     Args:
         keep_source: the shards go into the hub's cache and not, one after the other, beside `dest`.
-        to_run: the budget for running it, {"ram": bytes or None}.
+        to_run: the budget for running it, {"ram": bytes or None, "device": name}.
 
     Raises:
         UsageError: the codec or the trunk format is unknown.
@@ -50,7 +51,8 @@ def require_fit(
     except ValueError as error:
         raise UsageError(str(error)) from None
     if to_run is not None:
-        _require_memory(source, size, to_run["ram"])
+        device = default_device() if to_run["device"] == "auto" else to_run["device"]
+        _require_memory(source, size, to_run["ram"], trunk_in_ram=device == "cpu")
     shards = (source.path, sum(source.model.missing().values())) if keep_source else (dest, source.shards.most_bytes())
     _require_disk(source.name, [(dest, size.total), shards], keep_source)
 
@@ -69,14 +71,14 @@ def store_size(source: CheckpointSource, codec: str, trunk: str) -> StoreSize:
     return StoreSize(record, sum(layer.num_experts for layer in layers), total)
 
 
-def _require_memory(source: CheckpointSource, size: StoreSize, ram: int | None) -> None:
+def _require_memory(source: CheckpointSource, size: StoreSize, ram: int | None, trunk_in_ram: bool) -> None:
     """A plan with what is needed at the least: the program, the trunk, a short context and the experts of one token.
     The plan proper is made at the load."""
     memory.make_plan(
         memory.Needs(
             program=memory.resident_bytes(),
-            trunk=size.trunk,
-            kv=hf.measure_kv_bytes(source.skeleton, LEAST_CONTEXT, LEAST_CONTEXT),
+            trunk=size.trunk if trunk_in_ram else 0,
+            kv=hf.measure_kv_bytes(source.skeleton, LEAST_CONTEXT, LEAST_CONTEXT) if trunk_in_ram else 0,
             workspace=0,
             step=0,
             record=size.record,

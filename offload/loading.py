@@ -65,7 +65,7 @@ def load(
     """
     config = OffloadConfig.of(**options)
     notice = on_notice or (lambda _: None)
-    store = find_store(path, codec, on_progress, notice, trunk, config.ram, revision, keep_source)
+    store = find_store(path, codec, on_progress, notice, trunk, config.ram, revision, keep_source, config.device)
     from .model import Model
 
     return Model(store, config, on_progress, notice)
@@ -80,11 +80,13 @@ def find_store(
     ram: int | None = None,
     revision: str | None = None,
     keep_source: bool = True,
+    device: str = "cpu",
 ) -> Path:
     """The store for what `load` is given; downloads and converts first, in other processes, if there is none yet.
 
     Args:
         ram: bytes that this process and the conversion's may take together, and the model when it runs.
+        device: what it runs on. A GPU holds the trunk, so that RAM need not.
     """
 
     def is_enough(model: HubModel) -> bool:
@@ -108,7 +110,7 @@ def find_store(
     notice(f"converting {what} to {codec}{_KEPT if codec == _kept_codec(local) else ''} in {dest}, once")
     request = {"path": str(local), "dest": str(dest), "codec": codec, "trunk": trunk, "ram": left_for_child(ram)}
     if model is not None:
-        request |= {"model": asdict(model), "keep_source": keep_source, "to_run": {"ram": ram}}
+        request |= {"model": asdict(model), "keep_source": keep_source, "to_run": {"ram": ram, "device": device}}
     return Path(run_apart(f"{__name__}:convert_checkpoint", request, on_progress, on_notice))
 
 
@@ -144,7 +146,7 @@ def convert_checkpoint(
 
     Args:
         model: the `HubModel` that the directory is the snapshot of; what is missing in it is downloaded.
-        to_run: the budget, {"ram": bytes or None}, that the model must fit into for a download to make sense.
+        to_run: {"ram": bytes or None, "device": name} that the model must fit into for a download to make sense.
     """
     from .convert import convert, is_free
 
