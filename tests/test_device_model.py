@@ -146,3 +146,26 @@ def test_the_gpu_kernels_give_the_logits_of_the_reference(store):
         assert model._on_device is not None and model._on_device.kernels[0].name == "triton"
         for got, expected in zip(answer(model, 1, prompt=5), want, strict=True):
             assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
+def test_on_a_real_gpu_logits_do_not_depend_on_what_lies_where_either(store):
+    """The twin of the first two tests."""
+    with opened(store, prefetch=False) as model:
+        on_cpu = answer(model)
+        floor, experts = model.plan.needs.floor, model.plan.needs.experts
+    want: list[torch.Tensor] | None = None
+    for slots, ram in [(experts, experts), (3, floor), (floor, experts), (floor + 3, floor + 1)]:
+        config = OffloadConfig.of(
+            ram="4GB", context=128, prefill_chunk=16, device="cuda", vram_slots=slots, slots=ram, deterministic=True
+        )
+        with Model(store, config) as model:
+            got = answer(model)
+        want = want or got
+        for a, b, c in zip(got, want, on_cpu, strict=True):
+            assert torch.equal(a, b), (slots, ram)
+            assert torch.allclose(a, c, rtol=1e-2, atol=1e-2)
+    with Model(store, OffloadConfig.of(ram="4GB", context=128, device="cuda", vram_slots=8)) as model:
+        for a, b in zip(answer(model), on_cpu, strict=True):
+            assert torch.allclose(a, b, rtol=1e-2, atol=1e-2)
