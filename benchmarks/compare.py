@@ -43,6 +43,7 @@ from typing import Any
 
 import numpy as np
 from pocketmoe.offload.manifest import Manifest
+from pocketmoe.offload.probe import direct_read_rate
 
 from . import machine
 from .comparison_report import LIMITED_SLOTS, ratios, table
@@ -144,7 +145,7 @@ class Comparison:
     def disk_limit(self, round_: int, store: Path, part: str, **what: Any) -> None:
         manifest = Manifest.read(store)
         file = store / manifest.expert_files[0].name
-        rate = machine.direct_read_rate(file, manifest.record_bytes, seed=round_)
+        rate = direct_read_rate(file, manifest.record_bytes, seed=round_)
         entry = {"part": part, "engine": "disk", "round": round_, "disk_bytes_per_s": rate, **what}
         self.runs.append(entry)
 

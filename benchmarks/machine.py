@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from pocketmoe.offload.tiers import RamSlots
+from pocketmoe.offload.probe import processor
 
 _V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
@@ -117,38 +114,6 @@ def drop_from_page_cache(path: Path) -> None:
             os.close(descriptor)
 
 
-def direct_read_rate(file: Path, record: int, seconds: float = 1.5, readers: int = 4, seed: int = 0) -> float:
-    """Bytes per second of random record-sized O_DIRECT reads by a few threads: the disk's limit for this very file.
-
-    The buffers are on huge pages and touched before, as the runtime's slots are. Into 4 KB pages the same reads ran
-    at two thirds of the speed (1.6 against 2.5 GB/s, interleaved), which is no limit: the runtime exceeded it.
-    """
-    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    records = os.fstat(descriptor).st_size // record
-    done = [0] * readers
-    buffers = RamSlots(readers, (record + 4095) // 4096 * 4096)
-    for worker in range(readers):
-        buffers.record(worker).fill_(1)
-    end = time.perf_counter() + seconds
-
-    def read(worker: int) -> None:
-        rng = np.random.default_rng([seed, worker])
-        while time.perf_counter() < end:
-            offset = int(rng.integers(records)) * record // 4096 * 4096
-            done[worker] += os.preadv(descriptor, [buffers.view(worker)], offset)
-
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(readers)]
-    begin = time.perf_counter()
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(done) / (time.perf_counter() - begin)
-    finally:
-        os.close(descriptor)
-
-
 def in_quiet_session(command: Sequence[str]) -> list[str]:
     """`command` in a session of its own with the highest share of the CPU under autogroup scheduling (root only)."""
     raise_share = 'echo -20 > /proc/self/autogroup 2>/dev/null; exec "$@"'
@@ -169,12 +134,8 @@ def contention() -> str:
 
 def describe() -> str:
     """One line: processor, cores, memory, load."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     import psutil
 
     memory = psutil.virtual_memory().total / 1e9
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GB, load average {load:.1f} at the start"
+    return f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GB, load average {load:.1f} at the start"

@@ -13,6 +13,7 @@ from .console import prepare_streams
 from .convert import convert, verify
 from .demo import demo
 from .interrupt import BROKEN_PIPE, INTERRUPTED, TERMINATED, leave_now, leave_on_sigterm
+from .plan import plan
 from .replay import replay
 from .run import run
 from .stats import stats
@@ -46,7 +47,7 @@ def _pocketmoe(
     pass
 
 
-for _function in (chat, run, demo, convert, verify, stats, replay, bench):
+for _function in (chat, run, demo, convert, verify, plan, stats, replay, bench):
     app.command()(command_of(_function))
 
 

@@ -44,15 +44,15 @@ class CheckpointSource:
             raise DataError(f"{path} is not a directory; give a checkpoint directory, a store, or a cached hub id")
         if (path / MANIFEST).is_file():
             raise DataError(f"{path} is a pocketmoe store already; give the checkpoint that it was made from")
-        self.config = _read_config_json(path)
-        config = _of_config(path, hf.read_config, path)
-        quantization = _take_quantization(self.config, config)
+        self.config = read_config_json(path)
+        config = of_config(path, hf.read_config, path)
+        quantization = take_quantization(self.config, config)
         self.kept_codec = kept_codec(quantization)
         """The codec that keeps the values of experts that ship packed."""
         tensors = _joined(path, self._headers())
         self.dtype = _main_dtype(config, tensors)
         entries = join_quantized(path, tensors, quantization, self.dtype) if quantization else tensors
-        self.skeleton = _of_config(path, hf.build_skeleton, config, self.dtype)
+        self.skeleton = of_config(path, hf.build_skeleton, config, self.dtype)
         for layer in self.layers():
             if not 1 <= layer.top_k <= layer.num_experts:
                 raise DataError(
@@ -103,7 +103,7 @@ class CheckpointSource:
                 shutil.copyfile(file, dest / file.name)
 
 
-def _read_config_json(path: Path) -> dict[str, Any]:
+def read_config_json(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -116,7 +116,7 @@ def _read_config_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _of_config(path: Path, function: Callable[..., _T], *args: Any) -> _T:
+def of_config(path: Path, function: Callable[..., _T], *args: Any) -> _T:
     """`function(*args)`, where any error is the config's fault: the library raises many kinds for bad values."""
     try:
         return function(*args)
@@ -127,7 +127,7 @@ def _of_config(path: Path, function: Callable[..., _T], *args: Any) -> _T:
         raise DataError(f"{path / 'config.json'} cannot be used: {reason}") from error
 
 
-def _take_quantization(content: dict[str, Any], config: Any) -> dict[str, Any] | None:
+def take_quantization(content: dict[str, Any], config: Any) -> dict[str, Any] | None:
     """What config.json says of packed weights, taken out: a store says itself how its records are packed."""
     found = content.pop("quantization_config", None)
     if found is None:

@@ -31,6 +31,10 @@ class PackedEntry(NamedTuple):
     rows: int
     cols: int
 
+    @property
+    def nbytes(self) -> int:
+        return matrix_format(self.format).nbytes(self.rows, self.cols)
+
 
 def packable_names(skeleton: Skeleton) -> set[str]:
     """The trunk parameters that may be packed: weights of plain Linears and Embeddings that only their own modules

@@ -15,6 +15,8 @@ from .errors import MemoryBudgetError
 CUDA_CONTEXT = 400_000_000
 """What a process holds on the GPU before its first tensor: the driver's context, and the kernels of torch and cuBLAS.
 Drivers and cards differ (about 300 to 500 MB); measure it where a GPU is there."""
+CUDA_LIBRARIES = 700_000_000
+"""What CUDA's libraries and the driver take in RAM beside: an assumption."""
 STEP = 256
 """Contexts are proposed in multiples of this many tokens."""
 

@@ -51,7 +51,7 @@ def plan_load(
     for context in contexts:
         needs = memory.Needs(
             program=program,
-            trunk=trunk_bytes(manifest, skeleton, pool),
+            trunk=trunk_bytes(manifest, skeleton, pool is not None),
             kv=hf.measure_kv_bytes(skeleton, context, config.prefill_chunk, kv_dtype),
             workspace=workspace.bytes(min(config.prefill_chunk, context), context),
             step=workspace.bytes(1, context),

@@ -51,14 +51,13 @@ def load_packed_trunk(
                 _replace(model, target, packed[source], pool)
 
 
-def trunk_bytes(manifest: Manifest, skeleton: Skeleton, pool: NativePool | None) -> int:
-    """What the trunk takes in memory: packed matrices grow to the model's dtype where there are no native kernels."""
-    total = manifest.trunk_bytes
-    for name, entry in manifest.trunk_packed.items():
-        if pool is None:
-            total += entry.rows * entry.cols * skeleton.dtypes[name].itemsize
-            total -= matrix_format(entry.format).nbytes(entry.rows, entry.cols)
-    return total
+def trunk_bytes(manifest: Manifest, skeleton: Skeleton, packed: bool) -> int:
+    """What the trunk takes in memory; matrices that do not stay packed grow to the model's dtype."""
+    return manifest.trunk_bytes + sum(
+        entry.rows * entry.cols * skeleton.dtypes[name].itemsize - entry.nbytes
+        for name, entry in manifest.trunk_packed.items()
+        if not packed
+    )
 
 
 def largest_packed(manifest: Manifest) -> int:

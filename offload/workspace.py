@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from .hf import Skeleton, largest
+from .hf_layers import FAMILIES
 
 _FLOAT = 4
 _SLACK = 32 << 20
@@ -73,3 +76,20 @@ class Workspace(NamedTuple):
         attention = tokens * length * _FLOAT * (2 + 3 * self.score_heads)
         attention += length * _FLOAT * (self.expanded_width + self.cached_width)
         return int(1.1 * (activations + experts + attention)) + logits + _SLACK
+
+
+def foresee(
+    skeleton: Skeleton, native: bool, packed: bool, kv: str, on_cpu: bool = True
+) -> tuple[Workspace, torch.dtype | None]:
+    """What a model will need, and the dtype of its KV cache (None: as keys and values come), before it is loaded.
+
+    Args:
+        packed: some trunk matrices are, and stay so.
+        kv: the option of that name.
+        on_cpu: the trunk is computed there.
+    """
+    plain = skeleton.model.dtype == torch.float32 or packed
+    lean = native and on_cpu and plain and skeleton.config.model_type in FAMILIES
+    # Rounding activations to INT8 for each packed matrix loses more than float16 does in the cache.
+    half = kv == "f16" or (kv == "auto" and packed and lean)
+    return Workspace.of(skeleton, native, lean, converts=half), torch.float16 if half else None

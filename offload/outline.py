@@ -1,0 +1,199 @@
+"""A model without its weights: what it will ask of memory, found from its config alone.
+
+A store says how it is laid out; for a checkpoint, or a config.json alone, the manifest of the store that a conversion
+would write is made up instead, so that both are planned for in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import hf
+from .checkpoint import of_config, read_config_json, take_quantization
+from .config import OffloadConfig
+from .errors import DataError, UsageError
+from .manifest import Manifest, is_store
+from .memory import Needs
+from .sizes import Format, chosen_formats, format_of, planned_manifest, shipped_format, usual_formats
+from .trunk import trunk_bytes
+from .workspace import Workspace, foresee
+
+_SHORT = 1024
+"""Tokens of context for which a forward on the meta device is quick, whatever the family does."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """`read_outline` makes it."""
+
+    name: str
+    manifest: Manifest
+    """Of the store, or of the one that a conversion would write."""
+    skeleton: hf.Skeleton = field(repr=False)
+    parameters: int
+    formats: list[Format]
+    """As it ships and what it can become, the largest first."""
+    chosen: Format
+    """The manifest's."""
+    workspace: Workspace
+    packs: bool
+    """The trunk stays packed."""
+    is_store: bool
+    chunk: int
+    kv_bytes: Callable[[int], int] = field(repr=False)
+    """Bytes of the KV cache by tokens of context."""
+    of_gpu: Callable[[], Outline] = field(repr=False)
+
+    @cached_property
+    def on_gpu(self) -> Outline:
+        """The same model where a GPU holds the trunk, which does not stay packed there."""
+        return self.of_gpu()
+
+    @property
+    def model_type(self) -> str:
+        return self.skeleton.config.model_type
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the model was made for."""
+        return getattr(self.skeleton.config.get_text_config(), "max_position_embeddings", None) or 4096
+
+    @property
+    def decoder_layers(self) -> int:
+        """Dense ones included."""
+        return getattr(self.skeleton.config.get_text_config(), "num_hidden_layers", 0) or len(self.manifest.layers)
+
+    @property
+    def cycle(self) -> int:
+        """Experts that one token chooses in all layers together."""
+        return sum(layer.top_k for layer in self.manifest.layers)
+
+    @cached_property
+    def trunk(self) -> int:
+        """Bytes of the trunk in memory."""
+        return trunk_bytes(self.manifest, self.skeleton, self.packs)
+
+    @cached_property
+    def trunk_read(self) -> int:
+        """Bytes of the trunk that a token reads: all but an embedding that is no head as well."""
+        model: Any = self.skeleton.model
+        table = model.get_input_embeddings()
+        name = next(f"{name}.weight" for name, module in model.named_modules() if module is table)
+        if name in model.all_tied_weights_keys.values():
+            return self.trunk
+        entry = self.manifest.trunk_packed.get(name)
+        if entry is not None and self.packs:
+            return self.trunk - entry.nbytes
+        return self.trunk - self.skeleton.full_state[name].numel() * self.skeleton.dtypes[name].itemsize
+
+    def needs(self, context: int, program: int) -> Needs:
+        """What `Model` will ask of memory, `program` bytes being resident already."""
+        return Needs(
+            program=program,
+            trunk=self.trunk,
+            kv=self.kv_bytes(context),
+            workspace=self.workspace.bytes(min(self.chunk, context), context),
+            step=self.workspace.bytes(1, context),
+            record=self.manifest.record_bytes,
+            experts=self.manifest.num_experts,
+            floor=self.cycle,
+            context=context,
+        )
+
+
+def read_outline(
+    path: Path,
+    codec: str | None = None,
+    trunk: str | None = None,
+    *,
+    native: bool = True,
+    options: OffloadConfig | None = None,
+    name: str | None = None,
+) -> Outline:
+    """The outline of a store, a checkpoint directory, or a config.json.
+
+    Args:
+        codec: record format of a conversion; by default what `load` chooses.
+        trunk: format of the large trunk matrices, likewise.
+        native: compiled kernels compute; without them nothing in the trunk is kept packed.
+        name: what to call the model; by default what its directory is called.
+
+    Raises:
+        UsageError: an unknown codec or trunk format, or one for a store, which has its own.
+        DataError: no config, or not that of a Mixture-of-Experts model that transformers knows.
+    """
+    directory, options = (path if path.is_dir() else path.parent), options or OffloadConfig()
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a checkpoint directory, a store, or a config.json")
+    if path.is_file() and path.name != "config.json":
+        raise UsageError(f"{path} is no config.json; give a checkpoint directory, a store, or a file of that name")
+    content, config = read_config_json(directory), of_config(directory, hf.read_config, directory)
+    quantization = take_quantization(content, config)
+    said = config.dtype or config.get_text_config().dtype
+    dtype = said if isinstance(said, torch.dtype) else torch.bfloat16
+    plain = _skeleton(directory, config, dtype)
+    name = name or directory.resolve().name
+    store = path.is_dir() and is_store(directory)
+    if store:
+        if codec or trunk:
+            raise UsageError(f"{path} is a store already; codec and trunk are for what is yet to be converted")
+        manifest = Manifest.read(directory)
+        chosen = format_of(manifest, dtype)
+        formats = [shipped_format(plain, dtype, None), chosen]
+    else:
+        try:
+            manifest = planned_manifest(plain, name, *chosen_formats(quantization, codec, trunk))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        chosen = format_of(manifest, dtype)
+        formats = usual_formats(plain, dtype, quantization, chosen)
+
+    def made(on_gpu: bool) -> Outline:
+        packs = native and not on_gpu
+        packed = packs and bool(manifest.trunk_packed)
+        skeleton = _skeleton(directory, config, torch.float32) if packed and dtype != torch.float32 else plain
+        workspace, kv_dtype = foresee(skeleton, native, packed, options.kv, not on_gpu)
+        dropped = skeleton.model.all_tied_weights_keys
+        return Outline(
+            name,
+            manifest,
+            skeleton,
+            sum(tensor.numel() for name, tensor in skeleton.full_state.items() if name not in dropped),
+            formats,
+            chosen,
+            workspace,
+            packs,
+            store,
+            options.prefill_chunk,
+            _kv_growth(skeleton, options.prefill_chunk, kv_dtype),
+            lambda: made(True),
+        )
+
+    return made(False)
+
+
+def _skeleton(directory: Path, config: Any, dtype: torch.dtype) -> hf.Skeleton:
+    return of_config(directory, hf.build_skeleton, config, dtype)
+
+
+def _kv_growth(skeleton: hf.Skeleton, chunk: int, stored: torch.dtype | None) -> Callable[[int], int]:
+    """Bytes of the KV cache by tokens of context: measured for short ones, and for long ones the line through two.
+    Where layers look back at thousands of tokens and no further, that is more than they take in the end."""
+
+    @cache
+    def measured(context: int) -> int:
+        return hf.measure_kv_bytes(skeleton, context, chunk, stored)
+
+    def at(context: int) -> int:
+        if context < 2 * _SHORT:
+            return measured(context)
+        low, high = measured(_SHORT), measured(2 * _SHORT)
+        return high + (high - low) * (context - 2 * _SHORT) // _SHORT
+
+    return at

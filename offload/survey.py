@@ -1,0 +1,148 @@
+"""`survey`: a model on this machine, or on one that is described, with what was measured and what was assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..cache.hit_curve import RECORDED, HitCurve
+from ..quant.native import load_native
+from . import hub, memory, probe
+from .apart import run_apart
+from .checkpoint_files import CONFIG
+from .config import DEFAULT_TRUNK
+from .device_tier import LEAVE_FREE
+from .errors import MemoryBudgetError, UsageError
+from .estimate import Rates
+from .outline import Outline, read_outline
+from .outlook import Change, Fit, Machine, changes, fit
+from .placement import CUDA_CONTEXT
+from .tokenizer import load_tokenizer
+
+DISK_RATE, RAM_RATE, VRAM_RATE = 3.5e9, 40e9, 300e9
+"""Assumed where nothing can be measured: an NVMe disk of PCIe 3, two channels of DDR4, a small graphics card."""
+LOADED_LATER = 8 << 20
+"""What libraries take with a first forward pass, and the threads that read."""
+_PROBE_S = 0.4
+GIVEN, MEASURED, ASSUMED = "given", "measured", "assumed"
+
+
+class Origins(NamedTuple):
+    """Where each rate comes from: GIVEN, MEASURED or ASSUMED."""
+
+    ram: str
+    disk: str
+    vram: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What `pocketmoe plan` prints."""
+
+    outline: Outline
+    machine: Machine
+    origins: Origins
+    fit: Fit | None
+    refusal: str
+    """Why it does not fit; empty when it does."""
+    changes: list[Change]
+    """What would help, the best first."""
+    curve: HitCurve = RECORDED
+
+
+def survey(
+    model: str | Path,
+    *,
+    ram: int | None = None,
+    vram: int | None = None,
+    rates: Rates | None = None,
+    context: int | None = None,
+    codec: str | None = None,
+    trunk: str | None = None,
+) -> Survey:
+    """Plan for a store, a checkpoint directory, a config.json or a model on the hub; takes seconds, reads no weights.
+
+    Args:
+        model: a path, or the name of a model on the hub, of which the config alone is downloaded.
+        ram: budget of the process in bytes; by default what is free here, less a rest.
+        vram: budget on a GPU in bytes; by default what this machine's GPU has free, if torch can use one.
+        rates: bytes per second; those that are 0 are measured here or else assumed.
+        context: tokens; by default the largest usual number that fits.
+
+    Raises:
+        UsageError, DataError: the model or an option cannot be used.
+    """
+    path, name = _locate(str(model))
+    native = load_native() is not None
+    outline = read_outline(path, codec, trunk, native=native, name=name)
+    if context and context > outline.longest:
+        raise UsageError(
+            f"context {context:,} is more than the {outline.longest:,} tokens that this model was made for"
+        )
+    if vram is None:
+        vram = _free_vram()
+    rates, origins = _rates(path, outline, rates or Rates(0, 0), vram is not None)
+    machine = Machine(rates, _program_bytes(path), ram, vram)
+    fitted, refusal = None, ""
+    try:
+        fitted = fit(outline, machine, context)
+    except MemoryBudgetError as error:
+        refusal = str(error)
+
+    def smaller() -> Iterator[tuple[str, Outline]]:
+        if outline.chosen.trunk_as == DEFAULT_TRUNK and not outline.is_store:
+            other = DEFAULT_TRUNK.replace("int8", "int4")
+            yield f"--trunk {other}", read_outline(path, codec, other, native=native, name=name)
+
+    return Survey(outline, machine, origins, fitted, refusal, changes(outline, machine, context, fitted, smaller))
+
+
+def _locate(model: str) -> tuple[Path, str | None]:
+    """Where a config lies, and what its model is called on the hub."""
+    path = Path(model).expanduser()
+    if path.exists() or not hub.is_hub_id(model):
+        return path, None
+    if (cached := hub.find_cached(model)) is not None:
+        return Path(cached.folder), model
+    [config] = run_apart(f"{hub.__name__}:fetch", {"name": model, "revision": "main", "files": {CONFIG: 0}})
+    return Path(config).parent, model
+
+
+def _program_bytes(path: Path) -> int:
+    """What Python, torch, the skeleton and the tokenizer take, and what libraries load with the first tokens."""
+    tokenizer = load_tokenizer(path) if path.is_dir() else None
+    memory.return_freed_memory()
+    resident = memory.resident_bytes() + LOADED_LATER
+    del tokenizer
+    return resident
+
+
+def _free_vram() -> int | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return int(free * (1 - LEAVE_FREE)) + CUDA_CONTEXT  # what is free is beside the context that asks
+
+
+def _rates(path: Path, outline: Outline, given: Rates, gpu: bool) -> tuple[Rates, Origins]:
+    """The rates to use, and where each comes from."""
+
+    def rate(given: float, measure: Callable[[], float] | None, otherwise: float) -> tuple[float, str]:
+        if given:
+            return given, GIVEN
+        try:
+            return (measure(), MEASURED) if measure else (otherwise, ASSUMED)
+        except (OSError, ValueError, RuntimeError):
+            return otherwise, ASSUMED
+
+    file = probe.largest_file(path)
+    record = outline.manifest.record_bytes
+    ram, of_ram = rate(given.ram, probe.ram_rate, RAM_RATE)
+    read = (lambda: probe.direct_read_rate(file, record, _PROBE_S)) if file else None
+    disk, of_disk = rate(given.disk, read, DISK_RATE)
+    vram, of_vram = rate(given.vram, probe.vram_rate if _free_vram() else None, VRAM_RATE) if gpu else (0.0, ASSUMED)
+    return Rates(ram, disk, vram), Origins(of_ram, of_disk, of_vram)
