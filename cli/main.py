@@ -12,6 +12,7 @@ from .command import command_of
 from .console import prepare_streams
 from .convert import convert, verify
 from .demo import demo
+from .doctor import doctor
 from .interrupt import BROKEN_PIPE, INTERRUPTED, TERMINATED, leave_now, leave_on_sigterm
 from .plan import plan
 from .replay import replay
@@ -47,7 +48,7 @@ def _pocketmoe(
     pass
 
 
-for _function in (chat, run, demo, convert, verify, plan, stats, replay, bench):
+for _function in (chat, run, demo, convert, verify, plan, doctor, stats, replay, bench):
     app.command()(command_of(_function))
 
 
