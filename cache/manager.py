@@ -9,6 +9,7 @@ that are arriving or locked are never evicted. All calls come from one thread, t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -71,13 +72,11 @@ class ExpertCache:
             raise ValueError(f"An expert cache needs at least 1 layer and a floor of 1, not {layers} and {floor}.")
         self.layers = layers
         self.floor = floor
-        self._policy = policy
+        self._new_policy = copy.deepcopy(policy)  # for `recover`
         self._ids = [_LayerIds(layer) for layer in range(layers)]
-        self._transient = LRU()
-        self._transient.stale = self._stale = policy.stale  # one set: whatever changed a layer's order
         self._require_floors(capacity)
         self.capacity = capacity
-        self._clear_slots()
+        self._start(policy)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -235,6 +234,26 @@ class ExpertCache:
             (self._transient if expert in self._transient.ranks else self._policy).remove(expert)
         self._clear_slots()
 
+    def recover(self) -> None:
+        """After an interruption, when nothing is being read any more: nobody is arriving or locked from now on.
+
+        Where the interruption fell into one of these methods and left the books half-written, everybody is evicted and
+        the policy begins anew.
+        """
+        self._locks.clear()
+        self._stale.update(range(self.layers))
+        try:
+            for expert in tuple(self._arriving):
+                self.abandon(expert)
+            self.check_integrity(idle=True)
+            for order in copy.deepcopy((self._policy, self._transient)):
+                for expert in tuple(order.victims()):
+                    order.remove(expert)  # fails where the policy's own books are half-written
+        except (AssertionError, LookupError, ValueError):
+            policy = copy.deepcopy(self._new_policy)
+            policy.resize(self.capacity)
+            self._start(policy)
+
     def check_integrity(self, idle: bool = False) -> None:
         """Raise AssertionError with the numbers when the books do not balance; `idle`: also when anybody is in use."""
         slots = sorted([*self._slots.values(), *self._free])
@@ -300,6 +319,12 @@ class ExpertCache:
         busy = [expert for expert in experts if expert in self._locks or expert in self._arriving]
         if busy:
             raise SlotInUseError(f"{len(busy)} of {len(experts)} experts are locked or arriving, first {busy[0]}.")
+
+    def _start(self, policy: EvictionPolicy) -> None:
+        """Begin with no residents."""
+        self._policy, self._transient = policy, LRU()
+        self._transient.stale = self._stale = policy.stale  # one set: whatever changed a layer's order
+        self._clear_slots()
 
     def _clear_slots(self) -> None:
         self._slots: dict[ExpertId, int] = {}

@@ -24,6 +24,7 @@ from ..quant.kernels import ExpertKernels
 from .device import Device
 from .reads import Reads
 from .recorder import NoRecorder
+from .recovery import recovering
 from .runtime import Assignment, ExpertRuntime, combine
 from .tiers import DeviceSlots
 from .uploads import Uploads
@@ -91,9 +92,11 @@ class DeviceRuntime:
         device.put(self._zeros, torch.zeros(top_k, dtype=torch.int32))
         self._from_cpu = torch.empty(0, 0)
         self._kept: tuple[torch.Tensor, ...] = ()  # what `device.put` still reads
+        self.in_order = True
 
     # One layer
 
+    @recovering
     def run_layer(
         self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
@@ -316,6 +319,7 @@ class DeviceRuntime:
 
     # The whole
 
+    @recovering
     def shrink(self, slots: int) -> int:
         """Give the memory of that many slots, or a few more, back to the device. Between forwards only.
 
@@ -335,8 +339,15 @@ class DeviceRuntime:
         self.uploads.drain()
         self.ram.prefetch.drain()
 
+    def recover(self) -> None:
+        """Stop every copy and read, and free what they hold."""
+        self.device.mark().wait()  # no kernel reads a slot any more, whether it was remembered or not
+        self.uploads.recover()
+        self.cache.recover()
+        self.ram.recover()
+
     def close(self) -> None:
-        self.uploads.drain()
+        self.uploads.recover()
         self.ram.close()
         self.ram.slots.unpin()
 

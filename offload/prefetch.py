@@ -43,6 +43,10 @@ class Prefetch(Protocol):
         """Drop every guess that has not begun and wait for the others."""
         ...
 
+    def forget(self) -> None:
+        """After an interruption: nothing is being read any more, and the caller frees the slots of what was."""
+        ...
+
 
 class Precision:
     """How often the guess of each rank (the router's first, second, ... choice) has been right lately.
@@ -166,6 +170,11 @@ class Prefetcher:
         while self.make_room():
             pass
 
+    def forget(self) -> None:
+        for expert in self._flying:
+            self._stats.record_prefetch(expert.layer, outcome="cancelled")
+        self._flying.clear()
+
     def _land(self, expert: ExpertId) -> None:
         ticket = self._flying.pop(expert)
         if ticket.error is not None:
@@ -203,4 +212,7 @@ class NoPrefetch:
         return False
 
     def drain(self) -> None:
+        pass
+
+    def forget(self) -> None:
         pass

@@ -80,8 +80,8 @@ class Reads:
         return [ticket.expert for ticket in done]
 
     def release(self, experts: Sequence[ExpertId]) -> None:
+        self._locked.difference_update(experts)  # first, so that `close` unlocks nothing twice
         self._cache.unlock(experts)
-        self._locked.difference_update(experts)
 
     def close(self) -> None:
         """After an error: wait for reads under way, since they write into slots, and forget them."""

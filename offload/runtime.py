@@ -24,6 +24,7 @@ from .predictor import RouterPredictor
 from .prefetch import Prefetch
 from .reads import Reads
 from .recorder import NoRecorder, Recorder
+from .recovery import recovering
 from .tiers import RamSlots
 from .transfer import Transfers
 
@@ -116,6 +117,7 @@ class ExpertRuntime:
         self.stats, self.prefetch, self.predictor = stats, prefetch, predictor
         self.recorder = recorder or NoRecorder()
         self.history = History(cache.layers)
+        self.in_order = True
         self.self_test = SelfTest()
         self._token_began, self._missing = 0.0, 0
 
@@ -146,6 +148,7 @@ class ExpertRuntime:
         total = self.stats.total_experts
         return self.predictor is not None and (total is None or len(self.cache) < total) and self.self_test.on
 
+    @recovering
     def run_experts(self, layer: int, hidden: torch.Tensor, work: Assignment, guess: Sequence[int]) -> torch.Tensor:
         """Each chosen expert's output for each of its tokens.
 
@@ -232,6 +235,7 @@ class ExpertRuntime:
     def make_room(self) -> bool:
         return self.prefetch.make_room()
 
+    @recovering
     def resize(self, capacity: int) -> None:
         """Use the first `capacity` slots only, and give the memory of the others back. Between forwards only."""
         self.prefetch.drain()
@@ -239,8 +243,14 @@ class ExpertRuntime:
             self.prefetch.evicted(expert)
         self.slots.resize(capacity)
 
+    def recover(self) -> None:
+        """Stop every read, and free the slots that wait for one."""
+        self.transfers.drain()
+        self.prefetch.forget()
+        self.cache.recover()
+
     def close(self) -> None:
-        self.prefetch.drain()
+        self.recover()
         self.transfers.close()
         if self.predictor is not None:
             self.predictor.close()

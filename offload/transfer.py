@@ -60,8 +60,12 @@ class Transfers(Protocol):
         """Wait until at least one of these reads is done; returns all that are. Raises what a read raised."""
         ...
 
+    def drain(self) -> None:
+        """Drop what has not begun and wait for the rest, whoever asked for it."""
+        ...
+
     def close(self) -> None:
-        """Drop what has not begun and wait for the rest."""
+        """`drain`, and be ready for nothing more."""
         ...
 
 
@@ -122,13 +126,16 @@ class ThreadedTransfers:
                 raise ticket.error
         return ready
 
+    def drain(self) -> None:
+        with self._lock:
+            self._drop_waiting()
+            while self._running_ahead or self._running_demand:
+                self._finished.wait()
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for queue in (self._demand, self._ahead, self._idle):
-                for ticket in queue:
-                    ticket.cancelled = True
-                queue.clear()
+            self._drop_waiting()
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
@@ -162,6 +169,12 @@ class ThreadedTransfers:
         if self._ahead:
             return self._ahead
         return self._idle if self._idle and not self._running_demand else None
+
+    def _drop_waiting(self) -> None:
+        for queue in (self._demand, self._ahead, self._idle):
+            for ticket in queue:
+                ticket.cancelled = True
+            queue.clear()
 
     def _queue_of(self, ticket: Ticket) -> deque[Ticket]:
         return self._demand if ticket.demand else self._idle if ticket.idle else self._ahead
@@ -203,6 +216,9 @@ class SyncTransfers:
             if ticket.error is not None:
                 raise ticket.error
         return ready
+
+    def drain(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -90,6 +90,12 @@ class Uploads:
         while self.wait_for_one():
             pass
 
+    def recover(self) -> None:
+        """After an interruption: wait for all copies, and forget them; the caller frees what they have locked."""
+        for copy in self._flying:
+            copy.arrived.wait()
+        self._flying.clear()
+
     def forget(self, slot: int) -> None:
         """A slot is given back; nothing may be in flight."""
         assert not self._flying, "copies are in flight"

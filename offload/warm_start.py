@@ -86,6 +86,11 @@ class WarmStart:
             pass
         self._inner.drain()
 
+    def forget(self) -> None:
+        self._done = not self._experts
+        self._flying.clear()
+        self._inner.forget()
+
     def _land_all(self) -> None:
         for expert, ticket in list(self._flying.items()):
             if ticket.done:

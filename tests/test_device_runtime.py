@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes_runtime import EXPERTS, HIDDEN, LAYERS, RECORD, TOP_K, FakeKernels, FakeReader
+from fakes_runtime import EXPERTS, HIDDEN, LAYERS, RECORD, TOP_K, FakeKernels, FakeReader, Interruption
 from pocketmoe.cache.expert import ExpertId
 from pocketmoe.cache.hybrid import Cost, TierCosts
 from pocketmoe.cache.manager import ExpertCache
@@ -239,6 +239,29 @@ def test_an_error_in_a_layer_leaves_nothing_locked():
     world.cache.check_integrity(idle=True)
     world.ram.cache.check_integrity(idle=True)
     assert torch.equal(world.run(1, token), wanted(1, token))
+
+
+@pytest.mark.parametrize("file", ["uploads", pytest.param("device_runtime", marks=pytest.mark.slow)])
+def test_after_an_interruption_anywhere_the_next_forward_works(file):
+    at, happened = 0, True
+    while happened:
+        world = World(slots=LAYERS * TOP_K, ram=LAYERS * TOP_K + 3, deterministic=at % 2 == 0, threaded=True)
+        steps = choices(1, 1)
+        with Interruption((f"offload.{file}",), at) as interruption:
+            try:
+                for layer, index in steps:
+                    world.run(layer, index)
+            except KeyboardInterrupt:
+                pass
+        happened = interruption.happened
+        for layer, index in steps:
+            assert torch.equal(world.run(layer, index), wanted(layer, index))
+        world.runtime.drain()
+        world.cache.check_integrity(idle=True)
+        world.ram.cache.check_integrity(idle=True)
+        world.runtime.close()
+        at += 1
+    assert at > 30
 
 
 def test_memory_that_runs_out_at_any_allocation_leaves_a_runtime_that_goes_on():

@@ -56,6 +56,9 @@ class ManualTransfers:
                 raise ticket.error
         return ready
 
+    def drain(self):
+        pass
+
     def close(self):
         pass
 

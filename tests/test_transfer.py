@@ -218,6 +218,21 @@ def test_few_guesses_are_read_at_a_time_however_many_readers_are_idle(threaded):
     finish(transfers, last)
 
 
+def test_draining_drops_what_has_not_begun_waits_for_the_rest_and_goes_on_afterwards(busy):
+    reader, transfers, blocked = busy
+    queued = [transfers.fetch(A, view(), True), transfers.fetch(B, view(), False), transfers.fetch(C, view(), False)]
+    draining = threading.Thread(target=transfers.drain)
+    draining.start()
+    while not all(ticket.cancelled for ticket in queued):
+        assert draining.is_alive()
+    assert not blocked.done and draining.is_alive()
+    reader.gate.set()
+    draining.join(PATIENCE)
+    assert not draining.is_alive() and blocked.done and reader.order == [D]
+    finish(transfers, again := transfers.fetch(A, view(), True))
+    assert bytes(again.view) == filled(A)
+
+
 def test_closing_drops_what_has_not_begun_waits_for_the_rest_and_ends_the_threads(busy):
     reader, transfers, blocked = busy
     queued = [transfers.fetch(A, view(), True), transfers.fetch(B, view(), False)]
