@@ -102,6 +102,10 @@ class Device(Protocol):
         """Memory that can still be taken, what torch holds in reserve included."""
         ...
 
+    def limit(self, nbytes: int) -> None:
+        """Take no more than this from now on, for tensors of any kind; what exceeds it is out of memory."""
+        ...
+
     def trim(self) -> None:
         """Give memory that torch holds in reserve back to the device."""
         ...
@@ -209,7 +213,11 @@ class TorchDevice:
         if self.torch_device.type != "cuda":  # torch registers memory that it did not allocate with CUDA and ROCm only
             return f"torch has no call for it on {self.torch_device.type}"
         code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)  # type: ignore[union-attr]
-        return None if int(code) == 0 else f"the driver refused, error {int(code)}"
+        if int(code) == 0:
+            return None
+        with contextlib.suppress(RuntimeError):  # CUDA remembers it; torch would raise it at the next kernel
+            torch.zeros(1, device=self.torch_device)
+        return f"the driver refused, error {int(code)}"
 
     def unpin(self, memory: torch.Tensor) -> None:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[union-attr]
@@ -222,6 +230,12 @@ class TorchDevice:
         free, _total = module.mem_get_info(self.torch_device)
         reserve = module.memory_reserved(self.torch_device) - module.memory_allocated(self.torch_device)
         return free + reserve
+
+    def limit(self, nbytes: int) -> None:
+        module = torch.get_device_module(self.torch_device)
+        if hasattr(module, "set_per_process_memory_fraction"):
+            _free, total = module.mem_get_info(self.torch_device)
+            module.set_per_process_memory_fraction(min(1.0, nbytes / total), self.torch_device)
 
     def trim(self) -> None:
         torch.get_device_module(self.torch_device).empty_cache()
@@ -269,7 +283,8 @@ def memory_errors(name: str) -> Iterator[None]:
 
 
 def _pinned(nbytes: int) -> torch.Tensor:
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError:
-        return torch.empty(nbytes, dtype=torch.uint8)
+    with torch.inference_mode(False):  # it may be written to outside of it later
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:
+            return torch.empty(nbytes, dtype=torch.uint8)

@@ -15,7 +15,7 @@ from ..quant.kernels import ExpertJob, ExpertKernels
 from .config import OffloadConfig
 from .device import Device, TorchDevice, default_device
 from .device_runtime import DeviceRuntime
-from .errors import MemoryBudgetError
+from .errors import VramBudgetError
 from .manifest import Manifest
 from .placement import CUDA_CONTEXT, VramNeeds, VramPlan, plan_vram
 from .runtime import ExpertRuntime
@@ -28,10 +28,15 @@ _TIMED = 5
 _MOST_SLOWDOWN = 0.6
 
 
-def open_device(config: OffloadConfig) -> Device | None:
+def open_device(config: OffloadConfig, on_notice: OnNotice) -> Device | None:
     """What computes, if it is not the CPU. Raises UsageError when it does not exist."""
     name = default_device() if config.device == "auto" else config.device
-    return None if name == "cpu" else TorchDevice(name)
+    if name != "cpu":
+        return TorchDevice(name)
+    if config.vram is not None:
+        why = "torch sees no GPU that it can use" if config.device == "auto" else "the device is the CPU"
+        on_notice(f"--vram has no effect: {why}.")
+    return None
 
 
 def plan_device(device: Device, config: OffloadConfig, needs: VramNeeds) -> VramPlan:
@@ -41,15 +46,18 @@ def plan_device(device: Device, config: OffloadConfig, needs: VramNeeds) -> Vram
         needs: its `program` is what a process holds on such a device by itself.
 
     Raises:
-        MemoryBudgetError: more was asked for than is free, or the trunk and a slot for each layer do not fit; says
+        VramBudgetError: more was asked for than is free, or the trunk and a slot for each layer do not fit; says
             what would.
     """
     free = device.free_bytes()
     if config.vram is None:
-        return plan_vram(needs._replace(program=0), int(free * (1 - LEAVE_FREE)), config.vram_slots)
+        try:
+            return plan_vram(needs._replace(program=0), int(free * (1 - LEAVE_FREE)), config.vram_slots)
+        except VramBudgetError as error:
+            raise VramBudgetError(f"{device.name}: {error}, or use --device cpu") from None
     if config.vram > free + needs.program:
         most = (free + needs.program) // 10_000_000 * 10
-        raise MemoryBudgetError(
+        raise VramBudgetError(
             f"--vram {format_bytes(config.vram)} is more than {device.name} has free ({format_bytes(free)}); "
             f"use --vram {most}MB or less, or close what else uses the GPU"
         )
@@ -85,17 +93,34 @@ def make_device_runtime(
         hidden: the width of each MoE layer.
 
     Raises:
-        MemoryBudgetError: the device has no room even for a slot for each layer.
+        VramBudgetError: the device has no room even for a slot for each layer.
     """
-    layers, record, top_k = ram.cache.layers, ram.slots.record_bytes, ram.cache.floor
     refusal = ram.slots.pin(device)
     if refusal:
         on_notice(f"RAM cannot be pinned ({refusal}): copies to {device.name} will be slower.")
+    try:
+        return _runtime_above(device, plan, ram, kernels, config, hidden, on_notice)
+    except BaseException:
+        ram.slots.unpin()
+        raise
+
+
+def _runtime_above(
+    device: Device,
+    plan: VramPlan,
+    ram: ExpertRuntime,
+    kernels: list[ExpertKernels],
+    config: OffloadConfig,
+    hidden: Sequence[int],
+    on_notice: OnNotice,
+) -> DeviceRuntime:
+    layers, record, top_k = ram.cache.layers, ram.slots.record_bytes, ram.cache.floor
+    device.trim()
     workspace = device.empty((plan.needs.workspace,), torch.uint8)  # so that slots do not take it
     slots = DeviceSlots(device, plan.slots, record)
     del workspace
     if slots.capacity < layers:
-        raise MemoryBudgetError(
+        raise VramBudgetError(
             f"{device.name} has run out of memory after {slots.capacity} expert slots of {format_bytes(record)}, "
             f"{layers} are needed; use a smaller --context, or --device cpu"
         )

@@ -30,6 +30,10 @@ class MemoryBudgetError(PocketMoEError):
     exit_code = 4
 
 
+class VramBudgetError(MemoryBudgetError):
+    """The same for the memory of a GPU."""
+
+
 class DeviceError(PocketMoEError):
     """A device or driver that is missing or failed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -48,7 +49,7 @@ def make_kernels(
     fmt = packed_format(codec)
     if pool is not None and fmt is not None and (activations := _native_activations(sites)):
         return [
-            _with_norm(site, NativeKernels(fmt, layout, site.layer.shape, activation, pool=pool))
+            _with_norm(site, NativeKernels(fmt, layout, site.layer.shape, activation, pool=pool), on_cpu=True)
             for site, layout, activation in zip(sites, layouts, activations, strict=True)
         ]
     if pool is None:
@@ -62,7 +63,7 @@ def make_kernels(
     if config.kernels == "auto" and fmt is not None:  # who takes records that are not packed does not ask for speed
         on_notice(f"{obstacle} Using torch for the experts meanwhile, which is several times slower.")
     return [
-        _with_norm(site, TorchKernels(codec, layout, site.apply_gate))
+        _with_norm(site, TorchKernels(codec, layout, site.apply_gate), on_cpu=True)
         for site, layout in zip(sites, layouts, strict=True)
     ]
 
@@ -90,8 +91,13 @@ def make_device_kernels(
     ]
 
 
-def _with_norm(site: MoeSite, kernels: ExpertKernels) -> ExpertKernels:
-    return kernels if site.form.post_norm is None else _Normed(kernels, site.form.post_norm)
+def _with_norm(site: MoeSite, kernels: ExpertKernels, on_cpu: bool = False) -> ExpertKernels:
+    norm = site.form.post_norm
+    if norm is None:
+        return kernels
+    if on_cpu and any(parameter.device.type != "cpu" for parameter in norm.parameters()):
+        norm = copy.deepcopy(norm).cpu()  # the trunk's own lies on a GPU
+    return _Normed(kernels, norm)
 
 
 class _Normed:

@@ -138,7 +138,12 @@ class Sequence:
         try:
             return self._forward(ids, begin)
         except (DeviceMemoryError, torch.OutOfMemoryError):
-            if not (self._free_memory() and take_back(self._cache, begin)):
+            if begin == 0:
+                self._cache = self._new_cache()
+                announce_prompt(self._cache, len(ids))
+            elif not take_back(self._cache, begin):
+                raise DeviceMemoryError(_NO_MEMORY) from None
+            if not self._free_memory():
                 raise DeviceMemoryError(_NO_MEMORY) from None
         try:
             return self._forward(ids, begin)

@@ -101,6 +101,8 @@ class FullLayer(_Buffers, DynamicLayer):
         return self.end
 
     def crop(self, tokens_to_remove: int) -> None:
+        if not self.is_initialized:  # nothing has come yet
+            return
         self.keys, self.values = self.between(0, self.end)
         super().crop(tokens_to_remove)
         self.end = self.keys.shape[2]

@@ -65,6 +65,10 @@ def load(
     """
     config = OffloadConfig.of(**options)
     notice = on_notice or (lambda _: None)
+    if config.device not in ("auto", "cpu"):  # a wrong name is said before anything is converted
+        from .device import require_device
+
+        require_device(config.device)
     store = find_store(path, codec, on_progress, notice, trunk, config.ram, revision, keep_source, config.device)
     from .model import Model
 

@@ -11,13 +11,14 @@ import torch
 from ..cache.manager import ExpertCache
 from ..cache.policy import get_policy
 from ..cache.stats import RunStats
+from ..quant.triton_kernels import load_triton
 from . import hf, memory
 from .chat import Conversation
 from .config import OffloadConfig
-from .device import Device
+from .device import Device, memory_errors
 from .device_runtime import DeviceRuntime
 from .device_tier import make_device_runtime, open_device
-from .errors import DataError, UsageError
+from .errors import DataError, UsageError, VramBudgetError
 from .experts import make_device_kernels, make_kernels, open_pool
 from .generate import Chunk, Completion, Sequence, stream_answer
 from .hf_families import STEPWISE
@@ -63,7 +64,14 @@ class Model:
         self.path, self._notice = path, notice
         self._store = ExpertStore(path, config.io, config.verify, notice)
         try:
-            self._load(config, device or open_device(config), on_progress, notice)
+            self._recorder = make_recorder(config.trace, self._store.manifest)
+            try:
+                self._load(config, device or open_device(config, notice), on_progress, notice)
+            except VramBudgetError as error:
+                if config.device != "auto" or config.vram is not None:
+                    raise
+                notice(f"{error}. The CPU computes instead.")
+                self._load(config, None, on_progress, notice)
         except BaseException:
             self._store.close()
             raise
@@ -72,7 +80,6 @@ class Model:
         self, config: OffloadConfig, device: Device | None, on_progress: OnProgress | None, notice: OnNotice
     ) -> None:
         store, manifest = self._store, self._store.manifest
-        self._recorder = make_recorder(config.trace, manifest)
         pool = open_pool(config)
         # Packed matrices compute in float32; with half-precision activations each would convert back and forth.
         hf.check_version(notice)
@@ -91,7 +98,8 @@ class Model:
         # Rounding activations to INT8 for each packed matrix loses more than float16 does in the cache.
         half = config.kv == "f16" or (config.kv == "auto" and bool(packed) and lean_is_likely)
         self._kv_dtype = torch.float16 if half else None
-        self._workspace = Workspace.of(skeleton, pool is not None, lean_is_likely, converts=half)
+        has_kernels = pool is not None if device is None else device.lacks is None and load_triton() is not None
+        self._workspace = Workspace.of(skeleton, has_kernels, lean_is_likely, converts=half)
         if skeleton.config.get_text_config().model_type in STEPWISE:
             notice(
                 f"beyond {config.prefill_chunk} tokens a prompt goes through one by one: transformers' layers of this "
@@ -101,10 +109,12 @@ class Model:
             skeleton, manifest, config, self._workspace, self._kv_dtype, trunk_pool, device, notice
         )
         needs = plan.needs
-        load_packed_trunk(
-            skeleton, store, trunk_pool, on_progress, torch.device("cpu") if device is None else device.torch_device
-        )
-        hf.find_router_norms(skeleton)  # also a first forward: libraries load what they need now, before we measure
+        if device is not None and self.vram_plan is not None and config.vram is not None:
+            device.limit(config.vram - self.vram_plan.needs.program)
+        with memory_errors("the GPU" if device is None else device.name):
+            where = torch.device("cpu") if device is None else device.torch_device
+            load_packed_trunk(skeleton, store, trunk_pool, on_progress, where)
+            hf.find_router_norms(skeleton)  # also a first forward: libraries load what they need now, before we measure
         self.plan = plan = self._planned_again(plan)
         self._step_threads = 1 if packed else None
         self.config = config
@@ -143,17 +153,20 @@ class Model:
             self._runtime = ExpertRuntime(
                 cache, slots, transfers, kernels, self._stats, ahead, predictor, self._recorder
             )
+            # Whatever runs the layers is looked up late: a device may come above before the first answer.
+            hf.attach(
+                skeleton, lambda site, *tensors: (self._on_device or self._runtime).run_layer(site.index, *tensors)
+            )
             self._lean = make_lean_decoder(skeleton, pool, self._runtime, notice) if device is None else None
             self._workspace = self._workspace._replace(lean=self._lean is not None)
+            # Before the last plan: Triton itself takes some memory.
+            above = [] if device is None else make_device_kernels(skeleton.sites, manifest, config, device, notice)
             self._hold_to_plan()
             if device is not None and self.vram_plan is not None:
                 widths = [site.layer.shape.hidden for site in skeleton.sites]
-                above = make_device_kernels(skeleton.sites, manifest, config, device, notice)
                 self._on_device = make_device_runtime(
                     device, self.vram_plan, self._runtime, above, config, widths, notice
                 )
-            top = self._on_device or self._runtime
-            hf.attach(skeleton, lambda site, x, index, weights: top.run_layer(site.index, x, index, weights))
             warm.start()
         except BaseException:
             transfers.close()  # its threads would wait for ever
@@ -314,9 +327,9 @@ class Model:
 
     def _after_step(self) -> None:
         """Hold the budget: if something else in the process grew, slots give way."""
-        over = memory.resident_bytes() - self.plan.budget
         if self._on_device is not None:  # pinned slots cannot be given back
             return
+        over = memory.resident_bytes() - self.plan.budget
         if over > 0 and (slots := self._slots - -(-over // self._store.record_bytes)) >= self.plan.needs.floor:
             self._runtime.resize(slots)
             self._slots = self._stats.slots = slots

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..cache.units import format_bytes
-from .errors import MemoryBudgetError
+from .errors import VramBudgetError
 
 CUDA_CONTEXT = 400_000_000
 """What a process holds on the GPU before its first tensor: the driver's context, and the kernels of torch and cuBLAS.
@@ -76,17 +76,17 @@ def plan_vram(needs: VramNeeds, vram: int, slots: int | None = None) -> VramPlan
         slots: a number of slots to use instead of what is left (for tests and benchmarks).
 
     Raises:
-        MemoryBudgetError: the budget cannot hold the fixed part and the floor of slots; says what would.
+        VramBudgetError: the budget cannot hold the fixed part and the floor of slots; says what would.
     """
     most = (vram - needs.fixed) // needs.record
     if slots is not None and slots > most:
-        raise MemoryBudgetError(
+        raise VramBudgetError(
             f"{slots} slots of {format_bytes(needs.record)} do not fit into {format_bytes(vram)} of VRAM, "
             f"at most {max(most, 0)} do"
         )
     chosen = min(most, needs.experts) if slots is None else slots
     if vram < needs.fixed or chosen < needs.floor:
-        raise MemoryBudgetError(_refusal(needs, vram))
+        raise VramBudgetError(_refusal(needs, vram))
     return VramPlan(needs, vram, chosen)
 
 

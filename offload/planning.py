@@ -13,7 +13,7 @@ from .errors import MemoryBudgetError, UsageError
 from .manifest import Manifest
 from .placement import VramPlan
 from .source import OnNotice
-from .trunk import largest_packed, trunk_bytes
+from .trunk import largest_tensor, trunk_bytes
 from .workspace import Workspace
 
 CONTEXTS = (4096, 3072, 2048, 1536, 1024)
@@ -65,7 +65,7 @@ def plan_load(
             if device is not None:  # RAM holds slots, and the trunk's tensors as they pass through
                 on_device = device_needs(needs.trunk, needs.kv, needs.workspace, record, manifest, context)
                 above = plan_device(device, config, on_device)
-                passing = needs.step + largest_packed(manifest)
+                passing = needs.step + largest_tensor(manifest, skeleton)
                 needs = needs._replace(trunk=0, kv=0, workspace=passing, step=passing)
             plan = memory.make_plan(needs, config.ram, config.slots)
             if context != contexts[0]:  # not so close that what libraries load later would not fit

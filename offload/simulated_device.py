@@ -163,6 +163,9 @@ class SimulatedDevice:
     def free_bytes(self) -> int:
         return self.capacity - self.allocated_bytes
 
+    def limit(self, nbytes: int) -> None:
+        self.capacity = min(self.capacity, nbytes)
+
     def trim(self) -> None:
         """Waits for both queues, as real devices do."""
         for queue in (self._compute, self._copies):

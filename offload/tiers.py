@@ -68,7 +68,7 @@ class RamSlots:
 
     def pin(self, device: Device) -> str | None:
         """Lock the pages for fast copies to a device; returns why not, if that cannot be."""
-        refusal = device.pin(self._slots) if self.capacity else None
+        refusal = device.pin(self._slots[: self.capacity]) if self.capacity else None
         self._pinned_by = None if refusal else device
         return refusal
 

@@ -60,9 +60,12 @@ def trunk_bytes(manifest: Manifest, skeleton: Skeleton, packed: bool) -> int:
     )
 
 
-def largest_packed(manifest: Manifest) -> int:
-    """Bytes of the largest packed matrix."""
-    sizes = (matrix_format(e.format).nbytes(e.rows, e.cols) for e in manifest.trunk_packed.values())
+def largest_tensor(manifest: Manifest, skeleton: Skeleton) -> int:
+    """Bytes of the trunk's largest tensor as the store holds it."""
+    packed = manifest.trunk_packed
+    sizes = [matrix_format(e.format).nbytes(e.rows, e.cols) for e in packed.values()]
+    plain = (name for name in skeleton.trunk_names() if name not in packed)
+    sizes += [skeleton.full_state[name].numel() * skeleton.dtypes[name].itemsize for name in plain]
     return max(sizes, default=0)
 
 

@@ -290,7 +290,7 @@ def matvec(packed: torch.Tensor, rows: int, cols: int, fmt: Int4Format, x: torch
     # One small dense product per group: x is spread so that row r of the result only sees row r of the block. It costs
     # 16 times the multiplications and is still 3 times faster than a broadcast product and a sum over strided axes.
     group_chunks = fmt.group // 8
-    spread = torch.zeros(2, groups, group_chunks, ROW_BLOCK, 4, ROW_BLOCK)
+    spread = torch.zeros(2, groups, group_chunks, ROW_BLOCK, 4, ROW_BLOCK, device=packed.device)
     values = x.reshape(groups, group_chunks, 2, 4).permute(2, 0, 1, 3).unsqueeze(-1)
     torch.diagonal(spread, dim1=3, dim2=5).copy_(values.expand(2, groups, group_chunks, 4, ROW_BLOCK))
     spread = spread.reshape(2, groups, group_chunks * ROW_BLOCK * 4, ROW_BLOCK)

@@ -18,6 +18,9 @@ _FORMATS: dict[str, MatrixFormat] = {
     **{f"int4-g{group}": Int4Format(group) for group in int4.GROUPS},
 }
 
+_PIECE = 1 << 22
+"""Weights that are dequantised at a time."""
+
 
 def matrix_format_names() -> list[str]:
     return list(_FORMATS)
@@ -57,10 +60,15 @@ class PackedMatrix(NamedTuple):
         return cls(data, rows, cols, fmt)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The matrix that the bytes stand for."""
-        if isinstance(self.format, Int8Format):
-            return int8.dequantize(self.data, self.rows, self.cols, self.format, dtype)
-        return int4.dequantize(self.data, self.rows, self.cols, self.format, dtype)
+        """The matrix that the bytes stand for, [rows, cols]. Beside it there is never more than a few rows' float32."""
+        out = torch.empty(self.rows, self.cols, dtype=dtype, device=self.data.device)
+        step = max(ROW_BLOCK, _PIECE // self.cols // ROW_BLOCK * ROW_BLOCK)
+        unpack = int8.dequantize if isinstance(self.format, Int8Format) else int4.dequantize
+        for start in range(0, self.rows, step):
+            count = min(step, self.rows - start)
+            first, last = (self.format.nbytes(rows, self.cols) if rows else 0 for rows in (start, start + count))
+            out[start : start + count] = unpack(self.data[first:last], count, self.cols, self.format, dtype)  # type: ignore[arg-type]
+        return out
 
     def take_rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Some rows, float32 [n, cols]; reads only their bytes."""

@@ -80,7 +80,7 @@ class Mxfp4Matrix:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights [rows, cols], exactly if `dtype` is float32 or bfloat16 and all exponents are in EXPONENTS."""
-        values = torch.tensor(DOUBLED, dtype=torch.float32) / 2
+        values = torch.tensor(DOUBLED, dtype=torch.float32, device=self.blocks.device) / 2
         pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), 1)  # of every byte
         scales = (self.exponents.int() << 23).view(torch.float32)  # an E8M0 exponent is that of a float32
         weights = pairs[self.blocks.int()].flatten(2) * scales.unsqueeze(-1)

@@ -24,8 +24,10 @@ def store(request, tmp_path_factory):
     return convert(CheckpointSource(path / "source"), path / "store", "int4-g32", trunk="keep")
 
 
-def opened(store, device: SimulatedDevice | None = None, **options) -> Model:
-    config = OffloadConfig.of(**{"kernels": "torch", "ram": "4GB", "context": 128, "prefill_chunk": 16} | options)
+def opened(store, device: SimulatedDevice | None = None, device_name: str = "auto", **options) -> Model:
+    config = OffloadConfig.of(
+        device=device_name, **{"kernels": "torch", "ram": "4GB", "context": 128, "prefill_chunk": 16} | options
+    )
     return Model(store, config, device=device)
 
 
@@ -72,7 +74,12 @@ def test_memory_that_runs_out_once_costs_slots_and_changes_nothing(store):
         want, used = answer(model), device.allocations
     notices: list[str] = []
     tried = 0
-    for at in range(used // 2, used, 3):  # in the middle of a prompt, of an answer, of any layer
+    for at in (
+        1,
+        2,
+        3,
+        *range(5, used, 4),
+    ):  # at the first of all, in the middle of a prompt, of an answer, of any layer
         device = SimulatedDevice(1, HASTY)
         config = OffloadConfig.of(kernels="torch", ram="4GB", context=128, prefill_chunk=16, deterministic=True)
         with Model(store, config, on_notice=notices.append, device=device) as model:
@@ -115,8 +122,16 @@ def test_a_device_with_less_memory_than_planned_gets_fewer_slots_and_says_so(sto
 def test_budgets_of_the_device_are_checked_before_anything_is_read(store):
     with pytest.raises(MemoryBudgetError, match=r"is more than simulated has free"):
         opened(store, SimulatedDevice(capacity=1 << 30), vram="4GB")
-    with pytest.raises(MemoryBudgetError, match="VRAM"):
-        opened(store, SimulatedDevice(capacity=8 << 20))
+    with pytest.raises(MemoryBudgetError, match=r"VRAM.*--device cpu"):
+        opened(store, SimulatedDevice(capacity=8 << 20), device_name="simulated")
+
+
+def test_a_gpu_that_is_too_small_leaves_the_work_to_the_cpu_unless_it_was_asked_for(store):
+    notices: list[str] = []
+    config = OffloadConfig.of(kernels="torch", ram="4GB", context=128)
+    with Model(store, config, on_notice=notices.append, device=SimulatedDevice(capacity=8 << 20)) as model:
+        assert model.vram_plan is None and len(answer(model)) == 7
+    assert sum("The CPU computes instead" in notice for notice in notices) == 1
 
 
 def test_a_device_that_does_not_exist_is_refused_by_name(store):
