@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cache.units import format_bytes
-from ..quant.codecs import get_codec, record_layout
-from ..quant.linear import matrix_format
 from . import hf, memory
 from .checkpoint import CheckpointSource
-from .config import KEEP
 from .device import default_device
 from .errors import DataError, UsageError
 from .hub_source import HubSource
+from .sizes import planned_manifest
 
 LEAST_CONTEXT = 1024
 """Tokens for which there must be room."""
@@ -59,16 +57,8 @@ def require_fit(
 
 def store_size(source: CheckpointSource, codec: str, trunk: str) -> StoreSize:
     """The size of the store that a conversion would write. Raises ValueError for unknown formats."""
-    skeleton, packable, layers = source.skeleton, source.packable(), source.layers()
-    record = max(record_layout(get_codec(codec), layer.shape).nbytes for layer in layers)
-    total = 0
-    for name in skeleton.trunk_names():
-        tensor = skeleton.full_state[name]
-        if trunk != KEEP and name in packable:
-            total += matrix_format(trunk).nbytes(*tensor.shape)
-        else:
-            total += tensor.numel() * skeleton.dtypes[name].itemsize
-    return StoreSize(record, sum(layer.num_experts for layer in layers), total)
+    planned = planned_manifest(source.skeleton, source.packable(), source.name, codec, trunk)
+    return StoreSize(planned.record_bytes, planned.num_experts, planned.trunk_bytes)
 
 
 def _require_memory(source: CheckpointSource, size: StoreSize, ram: int | None, trunk_in_ram: bool) -> None:

@@ -20,6 +20,7 @@ from .config import OffloadConfig
 from .errors import DataError, UsageError
 from .manifest import Manifest, is_store
 from .memory import Needs
+from .packing import packable_names
 from .sizes import Format, chosen_formats, format_of, planned_manifest, shipped_format, usual_formats
 from .trunk import trunk_bytes
 from .workspace import Workspace, foresee
@@ -49,6 +50,8 @@ class Outline:
     kv_bytes: Callable[[int], int] = field(repr=False)
     """Bytes of the KV cache by tokens of context."""
     of_gpu: Callable[[], Outline] = field(repr=False)
+    of_trunk: Callable[[str], Outline] = field(repr=False)
+    """The same model, yet to be converted, with its trunk in another format."""
 
     @cached_property
     def on_gpu(self) -> Outline:
@@ -138,44 +141,52 @@ def read_outline(
     said = config.dtype or config.get_text_config().dtype
     dtype = said if isinstance(said, torch.dtype) else torch.bfloat16
     plain = _skeleton(directory, config, dtype)
+    packable = packable_names(plain)  # takes a forward on the meta device, as does the KV cache: seconds in all
     name = name or directory.resolve().name
-    store = path.is_dir() and is_store(directory)
-    if store:
-        if codec or trunk:
-            raise UsageError(f"{path} is a store already; codec and trunk are for what is yet to be converted")
-        manifest = Manifest.read(directory)
-        chosen = format_of(manifest, dtype)
-        formats = [shipped_format(plain, dtype, None), chosen]
-    else:
+
+    def planned(trunk: str | None) -> Manifest:
         try:
-            manifest = planned_manifest(plain, name, *chosen_formats(quantization, codec, trunk))
+            return planned_manifest(plain, packable, name, *chosen_formats(quantization, codec, trunk))
         except ValueError as error:
             raise UsageError(str(error)) from None
-        chosen = format_of(manifest, dtype)
-        formats = usual_formats(plain, dtype, quantization, chosen)
 
-    def made(on_gpu: bool) -> Outline:
-        packs = native and not on_gpu
-        packed = packs and bool(manifest.trunk_packed)
+    store = path.is_dir() and is_store(directory)
+    if store and (codec or trunk):
+        raise UsageError(f"{path} is a store already; codec and trunk are for what is yet to be converted")
+    manifest = Manifest.read(directory) if store else planned(trunk)
+    formats = (
+        [shipped_format(plain, packable, dtype, None), format_of(manifest, dtype)]
+        if store
+        else usual_formats(plain, packable, dtype, quantization, format_of(manifest, dtype))
+    )
+
+    @cache
+    def form(packed: bool, on_gpu: bool) -> tuple[hf.Skeleton, Workspace, Callable[[int], int]]:
         skeleton = _skeleton(directory, config, torch.float32) if packed and dtype != torch.float32 else plain
         workspace, kv_dtype = foresee(skeleton, native, packed, options.kv, not on_gpu)
-        dropped = skeleton.model.all_tied_weights_keys
+        return skeleton, workspace, _kv_growth(skeleton, options.prefill_chunk, kv_dtype)
+
+    def made(manifest: Manifest, on_gpu: bool) -> Outline:
+        packs = native and not on_gpu
+        skeleton, workspace, kv_bytes = form(packs and bool(manifest.trunk_packed), on_gpu)
+        dropped = plain.model.all_tied_weights_keys
         return Outline(
-            name,
-            manifest,
-            skeleton,
-            sum(tensor.numel() for name, tensor in skeleton.full_state.items() if name not in dropped),
-            formats,
-            chosen,
-            workspace,
-            packs,
-            store,
-            options.prefill_chunk,
-            _kv_growth(skeleton, options.prefill_chunk, kv_dtype),
-            lambda: made(True),
+            name=name,
+            manifest=manifest,
+            skeleton=skeleton,
+            parameters=sum(t.numel() for name, t in plain.full_state.items() if name not in dropped),
+            formats=formats,
+            chosen=format_of(manifest, dtype),
+            workspace=workspace,
+            packs=packs,
+            is_store=store,
+            chunk=options.prefill_chunk,
+            kv_bytes=kv_bytes,
+            of_gpu=lambda: made(manifest, True),
+            of_trunk=lambda trunk: made(planned(trunk), False),
         )
 
-    return made(False)
+    return made(manifest, False)
 
 
 def _skeleton(directory: Path, config: Any, dtype: torch.dtype) -> hf.Skeleton:

@@ -25,7 +25,7 @@ from .memory import MemoryPlan, Needs, make_plan
 from .outline import Outline
 from .placement import CUDA_LIBRARIES, VramNeeds, VramPlan, longest_context, plan_vram
 from .planning import CONTEXTS, GROWTH
-from .trunk import largest_packed
+from .trunk import largest_tensor
 
 WORTHWHILE = 1.03
 """A change that makes it faster by less is none."""
@@ -156,7 +156,7 @@ def _plans(outline: Outline, machine: Machine, context: int) -> tuple[MemoryPlan
         return make_plan(outline.needs(context, machine.program), machine.ram), None
     needs = outline.on_gpu.needs(context, machine.program)
     # RAM holds slots, and the trunk's tensors as they pass through.
-    passing = needs.step + largest_packed(outline.manifest)
+    passing = needs.step + largest_tensor(outline.manifest, outline.on_gpu.skeleton)
     left = needs._replace(program=needs.program + CUDA_LIBRARIES, trunk=0, kv=0, workspace=passing, step=passing)
     return make_plan(left, machine.ram), plan_vram(_in_vram(outline, needs), machine.vram)
 

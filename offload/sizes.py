@@ -14,7 +14,7 @@ from .config import DEFAULT_CODEC, DEFAULT_TRUNK, KEEP, MXFP4, default_trunk, ke
 from .hf import Skeleton
 from .manifest import Manifest
 from .packed_scheme import AWQ, GPTQ
-from .packing import PackedEntry, packable_names
+from .packing import PackedEntry
 
 _SMALLER_CODEC = "int4-g128"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
@@ -38,22 +38,23 @@ class Format(NamedTuple):
         return self.experts + self.trunk
 
 
-def planned_manifest(skeleton: Skeleton, name: str, codec: str, trunk: str) -> Manifest:
+def planned_manifest(skeleton: Skeleton, packable: set[str], name: str, codec: str, trunk: str) -> Manifest:
     """What `convert` would write of a checkpoint with that skeleton, without checksums and files.
+
+    Args:
+        packable: the trunk parameters that may be packed, `packable_names(skeleton)`.
 
     Raises:
         ValueError: an unknown codec or trunk format, with the known ones.
     """
     layers = [site.layer for site in skeleton.sites]
     record = max(record_layout(get_codec(codec), layer.shape).nbytes for layer in layers)
-    packable: set[str] = set()
     if trunk != KEEP:
         matrix_format(trunk)
-        packable = packable_names(skeleton)
     packed, total = {}, 0
     for parameter in skeleton.trunk_names():
         tensor = skeleton.full_state[parameter]
-        if parameter in packable:
+        if trunk != KEEP and parameter in packable:
             packed[parameter] = entry = PackedEntry(trunk, *tensor.shape)
             total += entry.nbytes
         else:
@@ -68,7 +69,9 @@ def format_of(manifest: Manifest, dtype: torch.dtype) -> Format:
     return Format(manifest.codec, trunk, manifest.record_bytes, experts, manifest.trunk_bytes)
 
 
-def shipped_format(skeleton: Skeleton, dtype: torch.dtype, quantization: dict[str, Any] | None) -> Format:
+def shipped_format(
+    skeleton: Skeleton, packable: set[str], dtype: torch.dtype, quantization: dict[str, Any] | None
+) -> Format:
     """The checkpoint, as far as its config tells: packed values with their scales, all else in `dtype`."""
     experts_as = trunk_as = _NAMES[dtype]
     expert_bits = trunk_bits = 8.0 * dtype.itemsize
@@ -82,7 +85,6 @@ def shipped_format(skeleton: Skeleton, dtype: torch.dtype, quantization: dict[st
     elif method is not None:
         experts_as = trunk_as = method
         expert_bits = trunk_bits = 8.0
-    packable = packable_names(skeleton)
     trunk = 0.0
     for name in skeleton.trunk_names():
         tensor = skeleton.full_state[name]
@@ -96,14 +98,17 @@ def shipped_format(skeleton: Skeleton, dtype: torch.dtype, quantization: dict[st
 
 
 def usual_formats(
-    skeleton: Skeleton, dtype: torch.dtype, quantization: dict[str, Any] | None, chosen: Format
+    skeleton: Skeleton, packable: set[str], dtype: torch.dtype, quantization: dict[str, Any] | None, chosen: Format
 ) -> list[Format]:
     """What a checkpoint is and what it usually becomes, `chosen` among them; the largest first."""
     stores = {DEFAULT_CODEC: DEFAULT_TRUNK, _SMALLER_CODEC: DEFAULT_TRUNK}
     if (kept := kept_codec(quantization)) is not None:
         stores[kept] = DEFAULT_TRUNK
-    formats = {format_of(planned_manifest(skeleton, "", codec, trunk), dtype) for codec, trunk in stores.items()}
-    formats |= {chosen, shipped_format(skeleton, dtype, quantization), shipped_format(skeleton, dtype, None)}
+    formats = {
+        format_of(planned_manifest(skeleton, packable, "", codec, trunk), dtype) for codec, trunk in stores.items()
+    }
+    formats |= {chosen, shipped_format(skeleton, packable, dtype, quantization)}
+    formats.add(shipped_format(skeleton, packable, dtype, None))
     return sorted(formats, key=lambda one: -one.total)
 
 

@@ -94,7 +94,7 @@ def survey(
     def smaller() -> Iterator[tuple[str, Outline]]:
         if outline.chosen.trunk_as == DEFAULT_TRUNK and not outline.is_store:
             other = DEFAULT_TRUNK.replace("int8", "int4")
-            yield f"--trunk {other}", read_outline(path, codec, other, native=native, name=name)
+            yield f"--trunk {other}", outline.of_trunk(other)
 
     return Survey(outline, machine, origins, fitted, refusal, changes(outline, machine, context, fitted, smaller))
 
