@@ -19,6 +19,8 @@ class Shape(NamedTuple):
     gguf_arch: str | None
     """llama.cpp's name of the architecture, or None where `synthesize` writes no GGUF."""
     config: dict[str, Any]
+    codec: str = "int4-g32"
+    """What its experts are in our store: as published where that is a format of four bits."""
 
     def config_json(self, layers: int) -> dict[str, Any]:
         """The content of config.json for `layers` layers."""
@@ -106,7 +108,7 @@ _SHAPES = (
     Shape(
         "gpt-oss-20b",
         24,
-        None,
+        "gpt-oss",
         {
             "architectures": ["GptOssForCausalLM"],
             "model_type": "gpt_oss",
@@ -126,6 +128,7 @@ _SHAPES = (
             "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
         },
+        "mxfp4",
     ),
 )
 SHAPES = {shape.name: shape for shape in _SHAPES}

@@ -90,7 +90,7 @@ def synthesize(out: Path, shape: str, layers: int, formats: tuple[str, ...], see
     for name in formats:
         begin = time.perf_counter()
         if name == "store":
-            convert(source, paths[name])
+            convert(source, paths[name], source.shape.codec)
         elif not paths[name].exists():
             (write_gguf if name == "gguf" else write_hf)(source, paths[name])
         size = sum(f.stat().st_size for f in [paths[name], *paths[name].rglob("*")] if f.is_file())

@@ -12,10 +12,11 @@ import torch
 from pocketmoe.offload import hf
 from pocketmoe.offload.packing import packable_names
 from pocketmoe.offload.source import MoeLayer
+from pocketmoe.quant.mxfp4 import Mxfp4Matrix
 from transformers import AutoConfig
 
 from .shapes import VOCABULARY, Shape
-from .synthetic_weights import Int4Matrix, embeddings, random_matrix, router
+from .synthetic_weights import Int4Matrix, embeddings, random_matrix, random_mxfp4, router
 
 SPECIAL = ("<|pad|>", "<|im_end|>", "<|im_start|>")
 CHAT_TEMPLATE = (
@@ -45,15 +46,16 @@ class SyntheticSource:
     def layers(self) -> list[MoeLayer]:
         return [site.layer for site in self.skeleton.sites]
 
-    def expert_matrix(self, layer: int, index: int, part: str) -> Int4Matrix:
+    def expert_matrix(self, layer: int, index: int, part: str) -> Int4Matrix | Mxfp4Matrix:
         """`part` is gate_proj, up_proj or down_proj, as Linear [out, in]."""
+        make = random_mxfp4 if self.shape.codec == "mxfp4" else random_matrix
         rows, cols = self.layers()[layer].shape.parts()[part]
         std = _DOWN_STD if part == "down_proj" else _STD
-        return random_matrix(self.seed, f"{layer}.{index}.{part}", rows, cols, std)
+        return make(self.seed, f"{layer}.{index}.{part}", rows, cols, std)
 
     def expert(self, layer: int, index: int) -> dict[str, torch.Tensor]:
         return {
-            part: torch.from_numpy(self.expert_matrix(layer, index, part).dequantize())
+            part: torch.as_tensor(self.expert_matrix(layer, index, part).dequantize())
             if len(size) == 2
             else torch.zeros(size)
             for part, size in self.layers()[layer].shape.parts().items()

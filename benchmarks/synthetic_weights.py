@@ -26,6 +26,8 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from pocketmoe.quant.mxfp4 import Mxfp4Matrix
 
 GROUP = 32
 POPULARITY, TOPIC, TOPICS, STAY = 0.30, 0.84, 32, 0.90
@@ -81,6 +83,22 @@ def random_matrix(seed: int, name: str, rows: int, cols: int, std: float) -> Int
     by_group[np.arange(len(by_group)), rng.integers(0, GROUP, len(by_group), dtype=np.uint8)] = 0
     signs = rng.integers(0, 2, (rows, cols // GROUP), dtype=np.int8) * np.float16(2) - np.float16(1)
     return Int4Matrix(codes.reshape(rows, cols), (signs * short_scale(std)).astype(np.float16))
+
+
+def random_mxfp4(seed: int, name: str, rows: int, cols: int, std: float) -> Mxfp4Matrix:
+    """Zero-mean weights of about that standard deviation; all codes are alike likely (their own deviation is 2.92)."""
+    rng = generator(seed, name)
+    codes = np.frombuffer(rng.bytes(rows * cols // 2), dtype=np.uint8).reshape(rows, -1, GROUP // 2).copy()
+    exponents = np.full((rows, cols // GROUP), 127 + round(np.log2(std / 2.92)), dtype=np.uint8)
+    return Mxfp4Matrix(torch.from_numpy(codes), torch.from_numpy(exponents))
+
+
+def to_gguf_mxfp4(matrix: Mxfp4Matrix) -> np.ndarray:
+    """GGUF's block_mxfp4: uint8 [rows, cols / 32 * 17]: the exponent, then 16 bytes with element i low, i + 16 high."""
+    blocks = matrix.blocks.numpy()
+    codes = np.stack((blocks & 15, blocks >> 4), axis=-1).reshape(*blocks.shape[:2], 2, GROUP // 2)
+    halves = codes[:, :, 0] | codes[:, :, 1] << 4
+    return np.concatenate((matrix.exponents.numpy()[:, :, None], halves), axis=2).reshape(len(blocks), -1)
 
 
 def embeddings(seed: int, vocabulary: int, hidden: int) -> Int4Matrix:

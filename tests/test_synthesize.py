@@ -104,6 +104,31 @@ def test_the_gguf_file_holds_exactly_the_generated_experts(bench, source, tmp_pa
     assert (router == source.trunk_tensor("model.layers.0.mlp.gate.weight")).all()
 
 
+def test_gpt_oss_keeps_its_mxfp4_experts_in_the_store_and_in_the_gguf_file(bench, tmp_path):
+    from gguf import GGUFReader, dequantize
+
+    shape = bench("shapes").SHAPES["gpt-oss-20b"]
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small |= {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    source = bench("synthetic_source").SyntheticSource(shape._replace(config=shape.config | small), 2)
+    want = source.expert(1, 3)
+    bench("synthetic_gguf").write_gguf(source, tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    for part in ("gate", "up", "down"):
+        stacked = tensors[f"blk.1.ffn_{part}_exps.weight"]
+        assert stacked.tensor_type.name == "MXFP4"
+        values = dequantize(stacked.data, stacked.tensor_type).reshape(4, *want[f"{part}_proj"].shape)
+        assert (values[3] == want[f"{part}_proj"].numpy()).all()
+    assert tensors["blk.0.post_attention_norm.weight"].data.shape == (64,)
+    store = ExpertStore(convert(source, tmp_path / "store", shape.codec), io="buffered")
+    record = torch.empty(store.record_bytes, dtype=torch.uint8)
+    store.read_into(ExpertId(1, 3), record.numpy().data)
+    codec, layouts = store.manifest.codec_and_layouts()
+    got = decode_expert(codec, layouts[1], record, torch.float32)
+    assert codec.name == "mxfp4" and all(torch.equal(got[part], want[part]) for part in want)
+    store.close()
+
+
 def test_rows_of_q_and_k_are_reordered_for_llamas_rotary_embedding(bench):
     rows = np.arange(2 * 8).reshape(16, 1)  # 2 heads of 8
     assert bench("synthetic_gguf")._to_pairs(rows, 2)[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
