@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
+
+from .expert import Lookup
+
+Note = tuple[int, Lookup, int, int, float, float]
+"""What one layer did: the arguments of `RunStats.record`."""
 
 
 @dataclass(slots=True)
@@ -60,6 +66,22 @@ class Step(NamedTuple):
     missing: int
 
 
+def count(notes: Iterable[Note], per_layer: Sequence[LayerStats], phase: PhaseStats) -> None:
+    """Add what layers did in `phase` to the counters."""
+    for layer, (hit, missed), late, prefetch_hits, kernels_s, layer_s in notes:
+        counters, hits, misses = per_layer[layer], len(hit), len(missed)
+        counters.requests += hits + misses
+        counters.hits += hits
+        counters.misses += misses
+        counters.late += late
+        counters.prefetch_hits += prefetch_hits
+        phase.requests += hits + misses
+        phase.hits += hits
+        phase.missing += misses + prefetch_hits
+        phase.compute_s += kernels_s
+        phase.layers_s += layer_s
+
+
 Counters = TypeVar("Counters", LayerStats, PhaseStats)
 
 
@@ -74,6 +96,19 @@ def values_of(counters: LayerStats | PhaseStats) -> tuple[Any, ...]:
 def outstanding(counters: LayerStats) -> int:
     ended = counters.prefetch_useful + counters.prefetch_late + counters.prefetch_wasted + counters.prefetch_cancelled
     return counters.prefetch_issued - ended
+
+
+def check(layer: int, c: LayerStats, record_bytes: int) -> None:
+    """Raise AssertionError, with the numbers, when the counters of one layer do not add up."""
+    reads = c.demand_reads + c.prefetch_reads
+    assert min(values_of(c)) >= 0, f"layer {layer}: a counter is negative: {c}"
+    assert c.hits + c.misses == c.requests, f"layer {layer}: {c.hits} + {c.misses} != {c.requests} requests"
+    assert c.late <= c.misses, f"layer {layer}: {c.late} late > {c.misses} misses"
+    assert c.prefetch_hits <= c.hits, f"layer {layer}: {c.prefetch_hits} prefetch hits > {c.hits} hits"
+    assert c.bytes_read == record_bytes * reads, (
+        f"layer {layer}: {c.bytes_read} bytes read != {reads} reads of {record_bytes} bytes"
+    )
+    assert outstanding(c) >= 0, f"layer {layer}: {-outstanding(c)} more guesses ended than were issued: {c}"
 
 
 def filled(kind: type[Counters], data: dict[str, Any]) -> Counters:

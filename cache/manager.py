@@ -111,6 +111,11 @@ class ExpertCache:
         """The slot of a resident expert (arriving ones included), else None."""
         return self._slots.get(expert)
 
+    def slots_of(self, experts: Sequence[ExpertId]) -> list[int]:
+        """The slots of resident experts, whose bytes have to be there."""
+        assert self._arriving.isdisjoint(experts), f"still on their way: {self._arriving.intersection(experts)}"
+        return [self._slots[expert] for expert in experts]
+
     def is_arriving(self, expert: ExpertId) -> bool:
         """Whether `expert` owns a slot whose bytes are still on their way."""
         return expert in self._arriving

@@ -1,5 +1,8 @@
 """What the cache and its reads did: counters per layer, phases, rates. Recording is cheap and safe from any thread.
 
+What a layer did is noted while a token is under way and counted when it is through, or when somebody asks: between the
+kernels' calls Python's code finds cold caches, where one thing done takes as long as several in a loop.
+
 Rates and shares of nothing are None, never an error; counts start at 0. Seconds are wall-clock seconds.
 """
 
@@ -9,13 +12,14 @@ import json
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from .counters import LayerStats, PhaseStats, Step, copied, filled, outstanding, values_of
+from .counters import LayerStats, Note, PhaseStats, Step, check, copied, count, filled, outstanding
 from .device_stats import DeviceStats
 from .expert import ExpertId, Lookup
 from .history import History
@@ -45,7 +49,8 @@ _DESCRIPTION = (
 class RunStats:
     """Counters of one run of a model with `layers` MoE layers whose records are `record_bytes` long.
 
-    The runtime records through the methods and sets the descriptive fields directly.
+    The runtime records through the methods and sets the descriptive fields directly. While it runs, counters are to be
+    read from a snapshot.
     """
 
     layers: int
@@ -71,7 +76,7 @@ class RunStats:
     """Time that reads took, each for itself: over `read_busy_s` it is the mean number in flight."""
     pace: deque[Step] = field(default_factory=lambda: deque(maxlen=MOST_STEPS))
     """The latest steps of answers."""
-    uses: dict[ExpertId, int] = field(default_factory=dict)
+    uses: Counter[ExpertId] = field(default_factory=Counter)
     """Requests for each expert."""
     residents: list[ExpertId] | None = None
     """Who was in a slot, where somebody has asked."""
@@ -89,6 +94,7 @@ class RunStats:
         assert len(self.per_layer) == self.layers, f"{len(self.per_layer)} layers of counters for {self.layers} layers"
         self._lock = threading.RLock()
         self._phase = self.prompt
+        self._notes: deque[Note] = deque()
         self._in_flight = 0
         self._in_flight_since = 0.0
         self._waited, self._missing = self.answer.stall_s, self.answer.missing
@@ -98,25 +104,30 @@ class RunStats:
     def enter(self, phase: Phase) -> None:
         """What is recorded from now on belongs to `phase`."""
         with self._lock:
+            self._count()
             self._phase = self.prompt if phase == "prompt" else self.answer
 
-    def record(self, layer: int, wanted: Lookup, late: int = 0, prefetch_hits: int = 0) -> None:
-        """One layer's requests. `late` of the misses were in flight, `prefetch_hits` of the hits came by prefetch."""
-        hits, misses = len(wanted.hits), len(wanted.misses)
-        with self._lock:
-            counters, phase = self.per_layer[layer], self._phase
-            counters.requests += hits + misses
-            counters.hits += hits
-            counters.misses += misses
-            counters.late += late
-            counters.prefetch_hits += prefetch_hits
-            phase.requests += hits + misses
-            phase.hits += hits
-            phase.missing += misses + prefetch_hits
-            uses = self.uses
-            for experts in wanted:
-                for expert in experts:
-                    uses[expert] = uses.get(expert, 0) + 1
+    def record(
+        self,
+        layer: int,
+        wanted: Lookup,
+        late: int = 0,
+        prefetch_hits: int = 0,
+        kernels_s: float = 0,
+        layer_s: float = 0,
+    ) -> None:
+        """One layer's requests. `late` of the misses were in flight, `prefetch_hits` of the hits came by prefetch; the
+        expert kernels ran for `kernels_s`, and the layer's experts took `layer_s` in all."""
+        self._notes.append((layer, wanted, late, prefetch_hits, kernels_s, layer_s))
+        if layer == self.layers - 1:
+            with self._lock:
+                self._count()
+
+    def _count(self) -> None:
+        """Count what has been noted. Other threads may go on noting meanwhile."""
+        notes = [self._notes.popleft() for _ in range(len(self._notes))]
+        count(notes, self.per_layer, self._phase)
+        self.uses.update(chain.from_iterable(chain.from_iterable(note[1] for note in notes)))
 
     def read_started(self) -> None:
         """A read went to the disk. Each one ends in `read_finished` or `read_failed`."""
@@ -171,11 +182,6 @@ class RunStats:
         with self._lock:
             self._phase.compute_s += seconds
 
-    def record_layer(self, seconds: float) -> None:
-        """A layer's experts took `seconds` in all."""
-        with self._lock:
-            self._phase.layers_s += seconds
-
     def record_prompt(self, tokens: int, seconds: float) -> None:
         """A prompt of `tokens` was processed in `seconds`, up to its first answer token."""
         with self._lock:
@@ -191,6 +197,7 @@ class RunStats:
             self.answer.steps += steps
             self.answer.seconds += seconds
             self.answer.forward_s += forward_s
+            self._count()
             if steps:
                 waited, missing = self.answer.stall_s, self.answer.missing
                 self.pace.append(Step(seconds, waited - self._waited, missing - self._missing))
@@ -201,11 +208,12 @@ class RunStats:
     def snapshot(self) -> RunStats:
         """A consistent deep copy; later recording does not change it. Safe while other threads record."""
         with self._lock:
+            self._count()
             copy = RunStats(**{f.name: getattr(self, f.name) for f in fields(self)})
             copy.per_layer = [copied(counters) for counters in self.per_layer]
             copy.prompt, copy.answer = copied(self.prompt), copied(self.answer)
             copy.device = self.device and self.device.snapshot()
-            copy.uses, copy.pace = dict(self.uses), self.pace.copy()
+            copy.uses, copy.pace = self.uses.copy(), self.pace.copy()
             copy._phase = copy.prompt if self._phase is self.prompt else copy.answer
             copy._in_flight, copy._in_flight_since = self._in_flight, self._in_flight_since
             copy._pass_time()
@@ -216,6 +224,7 @@ class RunStats:
         """Counters and times back to 0; the description (slots, model and so on) stays, and so do reads in flight
         and guesses that have not ended."""
         with self._lock:
+            self._notes.clear()
             in_prompt = self._phase is self.prompt
             self.per_layer = [LayerStats(prefetch_issued=outstanding(counters)) for counters in self.per_layer]
             self.prompt, self.answer = PhaseStats(), PhaseStats()
@@ -223,7 +232,7 @@ class RunStats:
             self.read_busy_s = self.read_wait_s = 0.0
             if self.device is not None:
                 self.device.reset()
-            self.uses = {}
+            self.uses = Counter()
             self.pace.clear()
             self._waited = self._missing = 0
             self.time_to_first_token_s = self.finish_reason = None
@@ -236,6 +245,7 @@ class RunStats:
         """
         theirs = other.snapshot()
         with self._lock:
+            self._count()
             if (self.layers, self.record_bytes) != (theirs.layers, theirs.record_bytes):
                 raise ValueError(
                     f"Statistics of different models do not add up: {self.layers} layers with records of "
@@ -250,8 +260,7 @@ class RunStats:
                     setattr(mine, f.name, getattr(mine, f.name) + getattr(more, f.name))
             self.read_busy_s += theirs.read_busy_s
             self.read_wait_s += theirs.read_wait_s
-            for expert, count in theirs.uses.items():
-                self.uses[expert] = self.uses.get(expert, 0) + count
+            self.uses.update(theirs.uses)
             self.pace.extend(theirs.pace)
             if self.device is not None and theirs.device is not None:
                 self.device.merge(theirs.device)
@@ -266,21 +275,13 @@ class RunStats:
         """Raise AssertionError, with the numbers, when the counters do not add up."""
         run = self.snapshot()
         for layer, c in enumerate(run.per_layer):
-            reads = c.demand_reads + c.prefetch_reads
-            assert min(values_of(c)) >= 0, f"layer {layer}: a counter is negative: {c}"
-            assert c.hits + c.misses == c.requests, f"layer {layer}: {c.hits} + {c.misses} != {c.requests} requests"
-            assert c.late <= c.misses, f"layer {layer}: {c.late} late > {c.misses} misses"
-            assert c.prefetch_hits <= c.hits, f"layer {layer}: {c.prefetch_hits} prefetch hits > {c.hits} hits"
-            assert c.bytes_read == run.record_bytes * reads, (
-                f"layer {layer}: {c.bytes_read} bytes read != {reads} reads of {run.record_bytes} bytes"
-            )
-            assert outstanding(c) >= 0, f"layer {layer}: {-outstanding(c)} more guesses ended than were issued: {c}"
+            check(layer, c, run.record_bytes)
         for name in ("requests", "hits"):
             phases, total = getattr(run.prompt, name) + getattr(run.answer, name), run.total(name)
             assert phases == total, f"{name}: {phases} in the phases != {total} in the layers"
         by_layer = [0] * run.layers
-        for expert, count in run.uses.items():
-            by_layer[expert.layer] += count
+        for expert, uses in run.uses.items():
+            by_layer[expert.layer] += uses
         requests = [c.requests for c in run.per_layer]
         assert by_layer == requests, f"experts were used {by_layer} times by layer, but requested {requests} times"
         if run.device is not None:
@@ -290,6 +291,8 @@ class RunStats:
 
     def total(self, name: str) -> Any:
         """The sum of the counter `name` over all layers."""
+        with self._lock:
+            self._count()
         return sum(getattr(counters, name) for counters in self.per_layer)
 
     def report(self) -> str:
@@ -379,7 +382,7 @@ class RunStats:
                 prompt=filled(PhaseStats, data["phases"]["prompt"]),
                 answer=filled(PhaseStats, data["phases"]["answer"]),
                 pace=deque((Step(*step) for step in data["pace"]), maxlen=MOST_STEPS),
-                uses={ExpertId(layer, index): count for layer, index, count in data["uses"]},
+                uses=Counter({ExpertId(layer, index): count for layer, index, count in data["uses"]}),
                 residents=data["residents"] and [ExpertId(*expert) for expert in data["residents"]],
                 device=data["device"] and DeviceStats.from_dict(data["device"]),
                 history=data["history"] and History.from_dict(data["history"]),

@@ -160,26 +160,26 @@ class ExpertRuntime:
             float32 [R, H], by row of `work`, unweighted.
         """
         begin = time.perf_counter()
+        single = hidden.shape[0] == 1
         self.prefetch.settle(layer, set(work.experts))
-        wanted = self.cache.lookup(layer, work.experts, promote=hidden.shape[0] == 1)
+        wanted = self.cache.lookup(layer, work.experts, promote=single)
         late = sum(map(self.cache.is_arriving, wanted.misses))
         ahead = self.prefetch.first_uses(wanted.hits)
-        self.stats.record(layer, wanted, late, ahead)
         if layer == 0:
             self._token_began, self._missing = begin, 0
         self._missing += len(wanted.misses) + ahead
-        if hidden.shape[0] == 1:
+        if single:
             self.history.record(layer, wanted.hits + wanted.misses)
         parts = torch.empty(len(work.rows), hidden.shape[1])
         if wanted.misses or guess:
-            self._compute_and_read(layer, wanted, guess, hidden, work, parts)
+            compute_s = self._compute_and_read(layer, wanted, guess, hidden, work, parts)
         else:  # nothing can be evicted meanwhile
-            self._compute(layer, wanted.hits, hidden, work, parts)
+            compute_s = self._compute(layer, wanted.hits, hidden, work, parts)
+        self.stats.record(layer, wanted, late, ahead, compute_s, time.perf_counter() - begin)
         if layer == self.cache.layers - 1:
             self.cache.tick()
-            if hidden.shape[0] == 1 and self.predictor is not None:
+            if single and self.predictor is not None:
                 self._test_prefetch()
-        self.stats.record_layer(time.perf_counter() - begin)
         return parts
 
     def _test_prefetch(self) -> None:
@@ -197,34 +197,32 @@ class ExpertRuntime:
         hidden: torch.Tensor,
         work: Assignment,
         parts: torch.Tensor,
-    ) -> None:
-        """Hits at once, misses as they arrive, guesses behind them."""
+    ) -> float:
+        """Hits at once, misses as they arrive, guesses behind them. Returns the kernels' seconds."""
         reads = Reads(self, layer, wanted, keep=self.worth_keeping(layer, work) if hidden.shape[0] > 1 else None)
         try:
             reads.start()
             if guess:
                 self.prefetch.request(layer + 1, guess)  # queued behind what we wait for
-            self._compute(layer, wanted.hits, hidden, work, parts)  # while misses travel
+            seconds = self._compute(layer, wanted.hits, hidden, work, parts)  # while misses travel
             reads.release(wanted.hits)
             while ready := reads.next():
-                self._compute(layer, ready, hidden, work, parts)
+                seconds += self._compute(layer, ready, hidden, work, parts)
                 reads.release(ready)
         finally:
             reads.close()
+        return seconds
 
     def _compute(
         self, layer: int, experts: Sequence[ExpertId], hidden: torch.Tensor, work: Assignment, parts: torch.Tensor
-    ) -> None:
+    ) -> float:
         if not experts:
-            return
+            return 0.0
         start = time.perf_counter()
-        jobs = []
-        for expert in experts:
-            slot = self.cache.slot_of(expert)
-            assert slot is not None and not self.cache.is_arriving(expert), expert
-            jobs.append(work.job(self.slots.record(slot), expert.index))
+        slots = self.cache.slots_of(experts)
+        jobs = [work.job(self.slots.record(slot), e.index) for slot, e in zip(slots, experts, strict=True)]
         self.kernels[layer].run(hidden, work.rows, jobs, parts)
-        self.stats.record_compute(time.perf_counter() - start)
+        return time.perf_counter() - start
 
     def worth_keeping(self, layer: int, work: Assignment) -> set[int]:
         """Those of a prompt's experts that an answer will want: the layer's fair share of slots, most tokens first."""

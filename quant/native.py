@@ -227,7 +227,7 @@ class NativeKernels:
         assert rows.dtype is torch.int32, rows.dtype
         assert hidden.is_contiguous(), "hidden must be contiguous"
         assert out.is_contiguous(), "out must be contiguous"
-        numbers = [number for job in jobs for number in (job.record.data_ptr(), job.start, job.count)]
+        numbers = [number for record, start, count in jobs for number in (record.data_ptr(), start, count)]
         if len(self._jobs) < len(numbers):
             self._jobs = (ctypes.c_int64 * (2 * len(numbers)))()
         array = self._jobs

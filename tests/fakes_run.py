@@ -60,7 +60,7 @@ def a_run(
         other = costs.rest * LAYERS + costs.miss * sum(misses)
         for step, count in zip(steps[first : first + LAYERS], misses, strict=True):
             layer = step[0].layer
-            run.record(layer, Lookup(step[count:], step[:count]))
+            run.record(layer, Lookup(step[count:], step[:count]), layer_s=(seconds - other) / LAYERS)
             run.history.record(layer, step)
             for _ in range(count):
                 run.read_started()
@@ -68,7 +68,6 @@ def a_run(
                 run.read_finished(layer, RECORD)
         run.record_stall(0, seconds - compute - other)
         run.record_compute(compute)
-        run.record_layer(seconds - other)
         run.record_answer(1, 1, seconds, forward_s=seconds - other / 2)
     run.residents = sorted({expert for step in steps[-LAYERS:] for expert in step})
     return run
