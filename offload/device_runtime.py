@@ -117,14 +117,16 @@ class DeviceRuntime:
         step = self._step(layer, work, hidden, got.get("hidden"))
         self._run_experts(step, got["guess"].reshape(-1).tolist() if "guess" in got else ())
         if layer == self.cache.layers - 1:
-            self._tick()
+            self._tick(single)
         places, order = (self._put(index) for index in (work.places, work.order))
         self.device.join()
         summed = combine(step.parts, work._replace(places=places, order=order), top_k_weights)
         return summed.to(hidden_states.dtype)
 
-    def _tick(self) -> None:
-        """One token is done."""
+    def _tick(self, single: bool) -> None:
+        """One token is done, or a piece of a prompt."""
+        if single and self.ram.predictor is not None:
+            self.ram.test_prefetch()
         for part in (self.cache, self.ram.cache, self.worth):
             part.tick()
         reads = self.ram.stats.total("demand_reads") + self.ram.stats.total("prefetch_reads")
@@ -159,7 +161,9 @@ class DeviceRuntime:
         below = ram.cache.lookup(layer, [expert.index for expert in wanted.misses], promote=single)
         late = sum(map(ram.cache.is_arriving, below.misses))
         everything = Lookup(wanted.hits + below.hits, below.misses)
-        ram.stats.record(layer, everything, late, ram.prefetch.first_uses(below.hits))
+        ahead = ram.prefetch.first_uses(below.hits)
+        ram.note_missing(layer, len(below.misses) + ahead)
+        ram.stats.record(layer, everything, late, ahead)
         if single:
             self.worth.use(wanted.hits + wanted.misses)
             ram.history.record(layer, everything.hits + everything.misses)
@@ -281,18 +285,22 @@ class DeviceRuntime:
                 self.stats.record_admitted(layer)
 
     def _bring(self, expert: ExpertId, transient: bool) -> None:
+        victim = self.cache.next_victim(expert.layer)
+        passing = victim is not None and self.cache.is_transient(victim)
         admission = self.cache.admit(expert, transient)
         assert admission is not None, (expert, self.cache.capacity)
         try:
             if admission.evicted is not None:
                 self.uploads.emptied(admission.slot)
-                self.ram.cache.promote(admission.evicted)
+                if not passing:  # who only passed through with a prompt is not wanted more than before
+                    self.ram.cache.promote(admission.evicted)
             self.uploads.start(expert, admission.slot)
         except BaseException:
             self.cache.abandon(expert)
             raise
         self.cache.arrived(expert)  # for whoever computes it later on: the kernel waits, not the caller
-        self.ram.cache.demote(expert)  # two copies are one too many where RAM is short
+        if not transient:
+            self.ram.cache.demote(expert)  # two copies are one too many where RAM is short
 
     def _worth_keeping(self, work: Assignment) -> set[int]:
         """A prompt's experts that stay on the device: a fair share of slots, those that its last tokens chose first."""

@@ -165,9 +165,7 @@ class ExpertRuntime:
         wanted = self.cache.lookup(layer, work.experts, promote=single)
         late = sum(map(self.cache.is_arriving, wanted.misses))
         ahead = self.prefetch.first_uses(wanted.hits)
-        if layer == 0:
-            self._token_began, self._missing = begin, 0
-        self._missing += len(wanted.misses) + ahead
+        self.note_missing(layer, len(wanted.misses) + ahead)
         if single:
             self.history.record(layer, wanted.hits + wanted.misses)
         parts = torch.empty(len(work.rows), hidden.shape[1])
@@ -179,10 +177,16 @@ class ExpertRuntime:
         if layer == self.cache.layers - 1:
             self.cache.tick()
             if single and self.predictor is not None:
-                self._test_prefetch()
+                self.test_prefetch()
         return parts
 
-    def _test_prefetch(self) -> None:
+    def note_missing(self, layer: int, count: int) -> None:
+        """A layer begins; without prefetch, `count` of its experts would have to be read. For `test_prefetch`."""
+        if layer == 0:
+            self._token_began, self._missing = time.perf_counter(), 0
+        self._missing += count
+
+    def test_prefetch(self) -> None:
         """A token is through the layers: say how long that took."""
         tests = self.self_test.tests
         self.self_test.step(time.perf_counter() - self._token_began, self._missing)
