@@ -26,7 +26,7 @@ def answer(model, ids: list[int], tokens: int) -> None:
 @pytest.mark.parametrize("policy", policy_names())
 def test_replaying_a_run_gives_its_own_hits_and_misses(store, tmp_path, policy):
     path = tmp_path / "run.npz"
-    with load(store, ram="4GB", slots=14, policy=policy, prefetch=False, trace=str(path)) as model:
+    with load(store, ram="4GB", slots=14, policy=policy, prefetch=False, warm_start=False, trace=str(path)) as model:
         for start in range(10, 16):  # prompts of one token: with more, what the prompt has left would count as well
             answer(model, [start], 30)
         stats = model.stats()
