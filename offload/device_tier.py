@@ -99,40 +99,30 @@ def make_device_runtime(
     if refusal:
         on_notice(f"RAM cannot be pinned ({refusal}): copies to {device.name} will be slower.")
     try:
-        return _runtime_above(device, plan, ram, kernels, config, hidden, on_notice)
+        layers, record, top_k = ram.cache.layers, ram.slots.record_bytes, ram.cache.floor
+        device.trim()
+        workspace = device.empty((plan.needs.workspace,), torch.uint8)  # so that slots do not take it
+        slots = DeviceSlots(device, plan.slots, record)
+        del workspace
+        if slots.capacity < layers:
+            raise VramBudgetError(
+                f"{device.name} has run out of memory after {slots.capacity} expert slots of {format_bytes(record)}, "
+                f"{layers} are needed; use a smaller --context, or --device cpu"
+            )
+        if slots.capacity < plan.slots:
+            on_notice(
+                f"{device.name} has room for {slots.capacity:,} of the {plan.slots:,} expert slots that were planned"
+            )
+        floor = max(1, min(top_k, slots.capacity // layers))
+        cache = ExpertCache(slots.capacity, get_policy(config.policy, slots.capacity, layers * floor), layers, floor)
+        costs = measure_costs(device, slots, ram, kernels[0], hidden[0])
+        runtime = DeviceRuntime(device, cache, slots, ram, kernels, costs, config.deterministic)
+        runtime.stats.link_peak = record / costs.copy.each if costs.copy.each else None
+        ram.stats.device = runtime.stats
+        return runtime
     except BaseException:
         ram.slots.unpin()
         raise
-
-
-def _runtime_above(
-    device: Device,
-    plan: VramPlan,
-    ram: ExpertRuntime,
-    kernels: list[ExpertKernels],
-    config: OffloadConfig,
-    hidden: Sequence[int],
-    on_notice: OnNotice,
-) -> DeviceRuntime:
-    layers, record, top_k = ram.cache.layers, ram.slots.record_bytes, ram.cache.floor
-    device.trim()
-    workspace = device.empty((plan.needs.workspace,), torch.uint8)  # so that slots do not take it
-    slots = DeviceSlots(device, plan.slots, record)
-    del workspace
-    if slots.capacity < layers:
-        raise VramBudgetError(
-            f"{device.name} has run out of memory after {slots.capacity} expert slots of {format_bytes(record)}, "
-            f"{layers} are needed; use a smaller --context, or --device cpu"
-        )
-    if slots.capacity < plan.slots:
-        on_notice(f"{device.name} has room for {slots.capacity:,} of the {plan.slots:,} expert slots that were planned")
-    floor = max(1, min(top_k, slots.capacity // layers))
-    cache = ExpertCache(slots.capacity, get_policy(config.policy, slots.capacity, layers * floor), layers, floor)
-    costs = measure_costs(device, slots, ram, kernels[0], hidden[0])
-    runtime = DeviceRuntime(device, cache, slots, ram, kernels, costs, config.deterministic)
-    runtime.stats.link_peak = record / costs.copy.each if costs.copy.each else None
-    ram.stats.device = runtime.stats
-    return runtime
 
 
 def measure_costs(

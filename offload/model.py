@@ -22,7 +22,6 @@ from .errors import DataError, UsageError, VramBudgetError
 from .experts import make_device_kernels, make_kernels, open_pool
 from .generate import Chunk, Completion, Sequence, stream_answer
 from .hf_families import STEPWISE
-from .hf_layers import FAMILIES
 from .lean import make_lean_decoder
 from .planning import plan_load
 from .popularity import Popularity
@@ -40,7 +39,7 @@ from .tokenizer import load_tokenizer
 from .transfer import ThreadedTransfers
 from .trunk import load_packed_trunk
 from .warm_start import WarmStart
-from .workspace import Workspace
+from .workspace import foresee
 
 _OUT_OF_MEMORY_STEP = 256 << 20
 """Bytes of slots that give way when a GPU's memory runs out in the middle of an answer."""
@@ -81,8 +80,8 @@ class Model:
     ) -> None:
         store, manifest = self._store, self._store.manifest
         pool = open_pool(config)
-        # Packed matrices compute in float32; with half-precision activations each would convert back and forth.
         hf.check_version(notice)
+        # Packed matrices compute in float32; with half-precision activations each would convert back and forth.
         trunk_pool = pool if device is None else None
         packed = manifest.trunk_packed if trunk_pool is not None else {}
         skeleton = hf.build_skeleton(hf.read_config(self.path), torch.float32 if packed else None)
@@ -93,13 +92,8 @@ class Model:
         self.sampling, self._ends = read_generation_config(self.path)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             self._ends.add(self.tokenizer.eos_token_id)
-        plain = skeleton.model.dtype == torch.float32 or bool(packed)
-        lean_is_likely = trunk_pool is not None and plain and skeleton.config.model_type in FAMILIES
-        # Rounding activations to INT8 for each packed matrix loses more than float16 does in the cache.
-        half = config.kv == "f16" or (config.kv == "auto" and bool(packed) and lean_is_likely)
-        self._kv_dtype = torch.float16 if half else None
         has_kernels = pool is not None if device is None else device.lacks is None and load_triton() is not None
-        self._workspace = Workspace.of(skeleton, has_kernels, lean_is_likely, converts=half)
+        self._workspace, self._kv_dtype = foresee(skeleton, has_kernels, bool(packed), config.kv, device is None)
         if skeleton.config.get_text_config().model_type in STEPWISE:
             notice(
                 f"beyond {config.prefill_chunk} tokens a prompt goes through one by one: transformers' layers of this "

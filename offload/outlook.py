@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from ..cache.hit_curve import RECORDED, HitCurve, even_hits
 from ..cache.units import format_bytes
-from .device_tier import device_needs
 from .errors import MemoryBudgetError
 from .estimate import (
     GPU_LAYER_S,
@@ -23,9 +22,8 @@ from .estimate import (
 )
 from .memory import MemoryPlan, Needs, make_plan
 from .outline import Outline
-from .placement import CUDA_LIBRARIES, VramNeeds, VramPlan, longest_context, plan_vram
-from .planning import CONTEXTS, GROWTH
-from .trunk import largest_tensor
+from .placement import CUDA_LIBRARIES, VramPlan, longest_context, plan_vram
+from .planning import first_that_fits, usual_contexts, with_device
 
 WORTHWHILE = 1.03
 """A change that makes it faster by less is none."""
@@ -136,33 +134,17 @@ def _fit(outline: Outline, machine: Machine, context: int | None, curve: HitCurv
 
 def _in_usual_context(outline: Outline, machine: Machine, context: int | None) -> tuple[MemoryPlan, VramPlan | None]:
     """Both plans, for the context that was asked for or the largest usual one that fits."""
-    longest, refusal = outline.longest, None
-    contexts = [context] if context else sorted({min(longest, usual) for usual in CONTEXTS}, reverse=True)
-    for tokens in contexts:
-        try:
-            plans = _plans(outline, machine, tokens)
-            if tokens != contexts[0]:
-                _plans(outline, replace(machine, program=machine.program + GROWTH), tokens)
-        except MemoryBudgetError as error:
-            refusal = refusal or error
-        else:
-            return plans
-    assert refusal is not None
-    raise refusal
+    side = outline if machine.vram is None else outline.on_gpu
 
+    def plans(needs: Needs) -> tuple[MemoryPlan, VramPlan | None]:
+        if machine.vram is None:
+            return make_plan(needs, machine.ram), None
+        above, left = with_device(needs, outline.manifest, side.skeleton)
+        left = left._replace(program=left.program + CUDA_LIBRARIES)
+        return make_plan(left, machine.ram), plan_vram(above, machine.vram)
 
-def _plans(outline: Outline, machine: Machine, context: int) -> tuple[MemoryPlan, VramPlan | None]:
-    if machine.vram is None:
-        return make_plan(outline.needs(context, machine.program), machine.ram), None
-    needs = outline.on_gpu.needs(context, machine.program)
-    # RAM holds slots, and the trunk's tensors as they pass through.
-    passing = needs.step + largest_tensor(outline.manifest, outline.on_gpu.skeleton)
-    left = needs._replace(program=needs.program + CUDA_LIBRARIES, trunk=0, kv=0, workspace=passing, step=passing)
-    return make_plan(left, machine.ram), plan_vram(_in_vram(outline, needs), machine.vram)
-
-
-def _in_vram(outline: Outline, needs: Needs) -> VramNeeds:
-    return device_needs(needs.trunk, needs.kv, needs.workspace, needs.record, outline.manifest, needs.context)
+    contexts = usual_contexts(context, outline.longest)
+    return first_that_fits(contexts, lambda tokens: side.needs(tokens, machine.program), plans)
 
 
 def _longest(outline: Outline, machine: Machine, ram: MemoryPlan) -> int:
@@ -170,7 +152,8 @@ def _longest(outline: Outline, machine: Machine, ram: MemoryPlan) -> int:
         if machine.vram is None:
             needs = outline.needs(context, machine.program)
             return needs.fixed + needs.floor * needs.record
-        above = _in_vram(outline, outline.on_gpu.needs(context, machine.program))
+        needs = outline.on_gpu.needs(context, machine.program)
+        above, _ = with_device(needs, outline.manifest, outline.on_gpu.skeleton)
         return above.fixed + above.floor * above.record
 
     room = ram.budget if machine.vram is None else machine.vram

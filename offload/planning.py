@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from ..quant.native import NativePool
@@ -11,7 +14,7 @@ from .device import Device
 from .device_tier import device_needs, plan_device
 from .errors import MemoryBudgetError, UsageError
 from .manifest import Manifest
-from .placement import VramPlan
+from .placement import VramNeeds, VramPlan
 from .source import OnNotice
 from .trunk import largest_tensor, trunk_bytes
 from .workspace import Workspace
@@ -20,6 +23,7 @@ CONTEXTS = (4096, 3072, 2048, 1536, 1024)
 """The largest of these that fits is the default context."""
 GROWTH = 32 << 20
 """What libraries may still load after the first plan."""
+Plans = TypeVar("Plans")
 
 
 def plan_load(
@@ -44,37 +48,63 @@ def plan_load(
     longest = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or CONTEXTS[0]
     if config.context and config.context > longest:
         raise UsageError(f"context {config.context:,} is more than the {longest:,} tokens that this model was made for")
-    contexts = [config.context] if config.context else sorted({min(longest, c) for c in CONTEXTS}, reverse=True)
+    contexts = usual_contexts(config.context, longest)
     memory.return_freed_memory()  # this process may have done other work before
-    program, refusal = memory.resident_bytes(), None
-    record = manifest.record_bytes
-    for context in contexts:
-        needs = memory.Needs(
+    program = memory.resident_bytes()
+
+    def needs_of(context: int) -> memory.Needs:
+        return memory.Needs(
             program=program,
             trunk=trunk_bytes(manifest, skeleton, pool is not None),
             kv=hf.measure_kv_bytes(skeleton, context, config.prefill_chunk, kv_dtype),
             workspace=workspace.bytes(min(config.prefill_chunk, context), context),
             step=workspace.bytes(1, context),
-            record=record,
+            record=manifest.record_bytes,
             experts=manifest.num_experts,
             floor=sum(layer.top_k for layer in manifest.layers),
             context=context,
         )
+
+    def plan(needs: memory.Needs) -> tuple[memory.MemoryPlan, VramPlan | None]:
         above = None
+        if device is not None:
+            on_device, needs = with_device(needs, manifest, skeleton)
+            above = plan_device(device, config, on_device)
+        return memory.make_plan(needs, config.ram, config.slots), above
+
+    plans = first_that_fits(contexts, needs_of, plan)
+    context = plans[0].needs.context
+    if context != contexts[0]:
+        on_notice(f"the budget has room for a context of {context:,} tokens, not for {contexts[0]:,}")
+    return plans
+
+
+def usual_contexts(context: int | None, longest: int) -> list[int]:
+    """The one that was asked for, or those to be tried, longest first; none beyond what the model was made for."""
+    return [context] if context else sorted({min(longest, usual) for usual in CONTEXTS}, reverse=True)
+
+
+def first_that_fits(
+    contexts: list[int], needs_of: Callable[[int], memory.Needs], plan: Callable[[memory.Needs], Plans]
+) -> Plans:
+    """The plans for the first context that they can be made for. Raises the MemoryBudgetError of the first of all."""
+    refusal = None
+    for context in contexts:
+        needs = needs_of(context)
         try:
-            if device is not None:  # RAM holds slots, and the trunk's tensors as they pass through
-                on_device = device_needs(needs.trunk, needs.kv, needs.workspace, record, manifest, context)
-                above = plan_device(device, config, on_device)
-                passing = needs.step + largest_tensor(manifest, skeleton)
-                needs = needs._replace(trunk=0, kv=0, workspace=passing, step=passing)
-            plan = memory.make_plan(needs, config.ram, config.slots)
+            plans = plan(needs)
             if context != contexts[0]:  # not so close that what libraries load later would not fit
-                memory.make_plan(needs._replace(program=program + GROWTH), config.ram, config.slots)
+                plan(needs._replace(program=needs.program + GROWTH))
         except MemoryBudgetError as error:
             refusal = refusal or error
-            continue
-        if context != contexts[0]:
-            on_notice(f"the budget has room for a context of {context:,} tokens, not for {contexts[0]:,}")
-        return plan, above
+        else:
+            return plans
     assert refusal is not None
     raise refusal
+
+
+def with_device(needs: memory.Needs, manifest: Manifest, skeleton: hf.Skeleton) -> tuple[VramNeeds, memory.Needs]:
+    """What a device takes of a model's needs, and what is left to RAM: slots, and the trunk's tensors on their way."""
+    passing = needs.step + largest_tensor(manifest, skeleton)
+    on_device = device_needs(needs.trunk, needs.kv, needs.workspace, needs.record, manifest, needs.context)
+    return on_device, needs._replace(trunk=0, kv=0, workspace=passing, step=passing)
