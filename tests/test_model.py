@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -137,6 +138,7 @@ def test_when_the_process_grows_over_its_budget_slots_give_way(checkpoint, monke
 def test_without_a_context_the_largest_usual_one_that_fits_is_taken_and_said(tmp_path):
     tiny.make_checkpoint(tmp_path / "tiny", "qwen3_moe", max_position_embeddings=8192, head_dim=1024)
     store = find_store(tmp_path / "tiny")
+    gc.collect()  # models of earlier tests would otherwise leave between one load and the next, and make room
     with load(store, ram="8GB", context=2048) as model:
         needs = model.plan.needs
     notices: list[str] = []
