@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 from pocketmoe.offload import memory
+from pocketmoe.offload.checkpoint import CheckpointSource
+from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DataError, MemoryBudgetError, UsageError
 from pocketmoe.offload.loading import find_store, load
 from pocketmoe.offload.manifest import MANIFEST
@@ -19,6 +21,15 @@ def checkpoint(tmp_path):
     tiny.make_checkpoint(tmp_path / "tiny", "qwen3_moe", vocab_size=tiny.CHAT_VOCABULARY)
     tiny.add_tokenizer(tmp_path / "tiny")
     return tmp_path / "tiny"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """What the checkpoint above becomes, made once and in this process: a conversion of its own costs seconds."""
+    path = tmp_path_factory.mktemp("converted")
+    tiny.make_checkpoint(path / "tiny", "qwen3_moe", vocab_size=tiny.CHAT_VOCABULARY)
+    tiny.add_tokenizer(path / "tiny")
+    return convert(CheckpointSource(path / "tiny"), path / "store")
 
 
 def test_a_checkpoint_is_converted_into_the_users_cache_once(checkpoint):
@@ -63,49 +74,49 @@ def test_what_is_neither_here_nor_in_the_hub_cache_is_one_sentence():
             load(name)
 
 
-def test_a_misspelt_option_names_the_right_one(checkpoint):
+def test_a_misspelt_option_names_the_right_one(store):
     with pytest.raises(UsageError, match="'prefetch'"):
-        load(checkpoint, prefech=False)
+        load(store, prefech=False)
 
 
 @pytest.mark.parametrize(
     "options", [{"ram": "lots"}, {"ram": "-1GB"}, {"context": 0}, {"io": "psychic"}, {"policy": "luck"}]
 )
-def test_option_values_that_make_no_sense_are_refused_by_name(checkpoint, options):
+def test_option_values_that_make_no_sense_are_refused_by_name(store, options):
     with pytest.raises(UsageError, match=next(iter(options))):
-        load(checkpoint, **({"ram": "4GB"} | options))
+        load(store, **({"ram": "4GB"} | options))
 
 
-def test_a_context_beyond_the_models_own_is_refused(checkpoint):
+def test_a_context_beyond_the_models_own_is_refused(store):
     with pytest.raises(UsageError, match="256"):
-        load(checkpoint, ram="4GB", context=100_000)
+        load(store, ram="4GB", context=100_000)
 
 
-def test_a_budget_below_the_floor_is_refused_before_the_trunk_is_read(checkpoint):
-    store, stages = find_store(checkpoint), []
+def test_a_budget_below_the_floor_is_refused_before_the_trunk_is_read(store):
+    store, stages = find_store(store), []
     with pytest.raises(MemoryBudgetError, match="at least"):
         load(store, ram="50MB", on_progress=lambda progress: stages.append(progress.stage))
     assert stages == []
 
 
-def test_the_transformers_model_is_reachable_and_generates(checkpoint):
-    with load(checkpoint, ram="4GB") as model:
+def test_the_transformers_model_is_reachable_and_generates(store):
+    with load(store, ram="4GB") as model:
         ids = torch.tensor([model.encode("hello")])
         out = model.transformers_model.generate(ids, max_new_tokens=3, do_sample=False)
         assert out.shape[1] > ids.shape[1]
         assert model.stats().to_dict()["requests"] > 0
 
 
-def test_a_closed_model_says_so(checkpoint):
-    with load(checkpoint, ram="4GB") as model:
+def test_a_closed_model_says_so(store):
+    with load(store, ram="4GB") as model:
         pass
     with pytest.raises(UsageError, match="closed"):
         model.generate("hi")
     model.close()
 
 
-def test_statistics_add_up_after_answers(checkpoint):
-    with load(checkpoint, ram="4GB", slots=6) as model:
+def test_statistics_add_up_after_answers(store):
+    with load(store, ram="4GB", slots=6) as model:
         completion = model.generate("hello there", max_tokens=9, temperature=0.0)
         stats = model.stats()
         data = stats.to_dict()
@@ -121,10 +132,10 @@ def test_statistics_add_up_after_answers(checkpoint):
         assert model.stats().to_dict()["requests"] == 0
 
 
-def test_when_the_process_grows_over_its_budget_slots_give_way(checkpoint, monkeypatch):
+def test_when_the_process_grows_over_its_budget_slots_give_way(store, monkeypatch):
     from pocketmoe.offload import memory
 
-    with load(checkpoint, ram="4GB") as model:
+    with load(store, ram="4GB") as model:
         before = model._runtime.cache.capacity
         over = model.plan.budget + 3 * model._store.record_bytes
         monkeypatch.setattr(memory, "resident_bytes", lambda: over)
@@ -137,7 +148,7 @@ def test_when_the_process_grows_over_its_budget_slots_give_way(checkpoint, monke
 
 def test_without_a_context_the_largest_usual_one_that_fits_is_taken_and_said(tmp_path):
     tiny.make_checkpoint(tmp_path / "tiny", "qwen3_moe", max_position_embeddings=8192, head_dim=1024)
-    store = find_store(tmp_path / "tiny")
+    store = convert(CheckpointSource(tmp_path / "tiny"), tmp_path / "store")
     gc.collect()  # models of earlier tests would otherwise leave between one load and the next, and make room
     with load(store, ram="8GB", context=2048) as model:
         needs = model.plan.needs
@@ -153,9 +164,7 @@ def test_without_a_context_the_largest_usual_one_that_fits_is_taken_and_said(tmp
         load(store, ram=budget, context=4096)
 
 
-def test_a_prompt_borrows_slots_and_gives_them_back_without_changing_the_answer(tmp_path, monkeypatch):
-    tiny.make_checkpoint(tmp_path / "tiny", "qwen3_moe")
-    store = find_store(tmp_path / "tiny")
+def test_a_prompt_borrows_slots_and_gives_them_back_without_changing_the_answer(store, monkeypatch):
     ids = list(range(3, 40))
 
     def answer(model) -> tuple[torch.Tensor, list[int]]:
