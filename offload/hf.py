@@ -31,7 +31,7 @@ from ..quant.linear import asks_for_attribute
 from .errors import DataError
 from .hf_experts import MoeSite, find_sites
 from .hf_families import ALIASES, LEFT_OUT, foreign_experts
-from .kv_cache import allocates_ahead, cache_bytes, new_kv_cache
+from .kv_cache import allocates_ahead, cache_bytes, capacities, new_kv_cache, token_bytes
 from .source import OnNotice
 
 OLDEST, TESTED = (5, 21), (5, 23)
@@ -306,9 +306,32 @@ def measure_kv_bytes(skeleton: Skeleton, context: int, chunk: int, stored: torch
     tokens = 1
     if not allocates_ahead(cache):
         tokens, cache = context, new_kv_cache(skeleton.config, context, context, stored)
+    _fill_on_meta(skeleton, tokens, cache)
+    return cache_bytes(cache)
+
+
+def measure_kv_growth(skeleton: Skeleton, chunk: int, stored: torch.dtype | None = None) -> Callable[[int], int]:
+    """`measure_kv_bytes` by context; a single forward for all of them where every layer takes its memory at once."""
+
+    @functools.cache
+    def widths() -> list[int]:
+        cache = new_kv_cache(skeleton.config, 1, chunk, stored)
+        _fill_on_meta(skeleton, 1, cache)
+        return token_bytes(cache)
+
+    @functools.cache
+    def at(context: int) -> int:
+        cache = new_kv_cache(skeleton.config, context, chunk, stored)
+        if not allocates_ahead(cache):
+            return measure_kv_bytes(skeleton, context, chunk, stored)
+        return sum(capacity * width for capacity, width in zip(capacities(cache), widths(), strict=True))
+
+    return at
+
+
+def _fill_on_meta(skeleton: Skeleton, tokens: int, cache: Any) -> None:
     attach(skeleton, _no_experts)
     _meta_forward(skeleton.model.base_model, tokens, cache)
-    return cache_bytes(cache)
 
 
 def _meta_forward(module: Any, tokens: int, cache: Any) -> None:

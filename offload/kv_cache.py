@@ -199,6 +199,16 @@ def allocates_ahead(cache: DynamicCache) -> bool:
     return all(isinstance(layer, _Buffers) for layer in cache.layers)
 
 
+def capacities(cache: DynamicCache) -> list[int]:
+    """Tokens that each layer has room for, where `allocates_ahead`."""
+    return [layer.capacity for layer in cache.layers]  # type: ignore[attr-defined]
+
+
+def token_bytes(cache: DynamicCache) -> list[int]:
+    """What one token takes in each layer, once a token has been there; layers that keep none of their own take 0."""
+    return [layer.nbytes // layer.capacity for layer in cache.layers]  # type: ignore[attr-defined]
+
+
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of keys, values and states, as far as they are allocated."""
     tensors = {id(tensor): tensor for tensor in _tensors(vars(cache))}

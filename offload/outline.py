@@ -18,6 +18,7 @@ from . import hf
 from .checkpoint import of_config, read_config_json, take_quantization
 from .config import OffloadConfig
 from .errors import DataError, UsageError
+from .kv_cache import allocates_ahead, new_kv_cache
 from .manifest import Manifest, is_store
 from .memory import Needs
 from .packing import packable_names
@@ -194,12 +195,11 @@ def _skeleton(directory: Path, config: Any, dtype: torch.dtype) -> hf.Skeleton:
 
 
 def _kv_growth(skeleton: hf.Skeleton, chunk: int, stored: torch.dtype | None) -> Callable[[int], int]:
-    """Bytes of the KV cache by tokens of context: measured for short ones, and for long ones the line through two.
-    Where layers look back at thousands of tokens and no further, that is more than they take in the end."""
-
-    @cache
-    def measured(context: int) -> int:
-        return hf.measure_kv_bytes(skeleton, context, chunk, stored)
+    """Bytes of the KV cache by tokens of context: where long ones take long to measure, the line through two short
+    ones. Where layers look back at thousands of tokens and no further, that is more than they take in the end."""
+    measured = hf.measure_kv_growth(skeleton, chunk, stored)
+    if allocates_ahead(new_kv_cache(skeleton.config, 1, chunk, stored)):
+        return measured
 
     def at(context: int) -> int:
         if context < 2 * _SHORT:

@@ -51,12 +51,13 @@ def plan_load(
     contexts = usual_contexts(config.context, longest)
     memory.return_freed_memory()  # this process may have done other work before
     program = memory.resident_bytes()
+    kv_bytes = hf.measure_kv_growth(skeleton, config.prefill_chunk, kv_dtype)
 
     def needs_of(context: int) -> memory.Needs:
         return memory.Needs(
             program=program,
             trunk=trunk_bytes(manifest, skeleton, pool is not None),
-            kv=hf.measure_kv_bytes(skeleton, context, config.prefill_chunk, kv_dtype),
+            kv=kv_bytes(context),
             workspace=workspace.bytes(min(config.prefill_chunk, context), context),
             step=workspace.bytes(1, context),
             record=manifest.record_bytes,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pocketmoe.offload import hf
 from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DataError, UsageError
@@ -75,14 +76,14 @@ def test_a_checkpoint_of_mxfp4_is_planned_as_it_is_converted(tmp_path):
     assert (planned.codec, planned.record_bytes, planned.trunk_bytes) == ("mxfp4", made.record_bytes, made.trunk_bytes)
 
 
-def test_keys_and_values_grow_as_they_are_measured(tmp_path):
-    from pocketmoe.offload import hf
-
-    for name in ("openai/gpt-oss-20b", "deepseek-ai/DeepSeek-V2-Lite-Chat", "LiquidAI/LFM2-8B-A1B"):
-        outline = outline_of(PUBLISHED[name], tmp_path)
-        for context in (100, 1000, 3000):
-            dtype = torch.float16 if "LFM2" not in name else None
-            assert outline.kv_bytes(context) == hf.measure_kv_bytes(outline.skeleton, context, 256, dtype)
+@pytest.mark.parametrize("name", ["openai/gpt-oss-20b", "deepseek-ai/DeepSeek-V2-Lite-Chat", "LiquidAI/LFM2-8B-A1B"])
+def test_keys_and_values_grow_as_they_are_measured(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]), encoding="utf-8")
+    skeleton = hf.build_skeleton(hf.read_config(tmp_path))
+    dtype = torch.float16 if "LFM2" not in name else None  # which keeps states beside keys and values
+    growth = hf.measure_kv_growth(skeleton, 256, dtype)
+    for context in (100, 3000):
+        assert growth(context) == hf.measure_kv_bytes(skeleton, context, 256, dtype)
 
 
 def test_a_plan_is_what_loading_does(tmp_path):
@@ -96,20 +97,18 @@ def test_a_plan_is_what_loading_does(tmp_path):
         "import sys, json\nfrom pathlib import Path\nfrom pocketmoe.offload.{module} import {function}\n"
         "plan = {call}\nprint(json.dumps({{**plan.needs._asdict(), 'slots': plan.slots, 'budget': plan.budget}}))"
     )
-    loaded, planned = (
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-c", program.format(module=module, function=function, call=call)],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.splitlines()[-1]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program.format(module=module, function=function, call=call)],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for module, function, call in (
             ("loading", "load", f"load({str(store)!r}, ram='700MB').plan"),
             ("survey", "survey", f"survey(Path({str(store)!r}), ram=700_000_000).fit.ram"),
         )
-    )
+    ]
+    loaded, planned = (json.loads(process.communicate()[0].splitlines()[-1]) for process in started)
     assert planned.keys() == loaded.keys()
     for name, value in loaded.items():
         assert planned[name] == pytest.approx(value, rel=0.02), name
