@@ -108,6 +108,7 @@ def ends(
     late: Sequence[float] = (),
     link_busy: float = 0.0,
     behind: float = 0.0,
+    ahead: float = 0.0,
 ) -> Ends:
     """When a layer's experts are done: the GPU computes the hits together, then each copy as it arrives.
 
@@ -115,8 +116,9 @@ def ends(
         late: of the experts besides whose copies were in flight before, seconds until each arrives, ascending.
         link_busy: seconds until the link is free of what was asked of it before.
         behind: seconds of uploads that follow the copies.
+        ahead: seconds that the GPU has computed hits already, which it found by itself.
     """
-    one, gpu = costs.gpu.of(1), costs.gpu.of(hits)
+    one, gpu = costs.gpu.of(1), max(0.0, costs.gpu.of(hits) - ahead)
     for arrival in late:
         gpu = max(gpu, arrival) + one
     if copied:  # copies arrive evenly, so that the GPU waits longest for the first or for the last

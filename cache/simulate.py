@@ -33,7 +33,8 @@ LAUNCH = 15e-6
 TRUNK_LAUNCH = 50e-6
 """Seconds that the small kernels of one layer's trunk take beside reading weights."""
 SYNC = 40e-6
-"""Seconds until the CPU knows what a router on the GPU has chosen, and has decided."""
+"""Seconds until the CPU knows what a router on the GPU has chosen, and has decided. Hits are computed meanwhile where
+the GPU finds them itself; where all experts are in VRAM, nobody has to know."""
 HAND_OVER = 40e-6
 """Seconds for activations to reach the CPU, wake its threads, and return."""
 COPY_LATENCY, PER_COPY = 10e-6, 5e-6
@@ -59,11 +60,11 @@ class Setup:
     """Seconds per token for what is not in a layer."""
     read: float
     """Seconds to read one record from disk."""
-    gpu_finds_hits: bool = False
-    """The GPU itself finds the slots of what it has chosen, and waits for the CPU only where something is missing."""
+    gpu_finds_hits: bool = True
+    """Strategies that keep a table of residents on the GPU have their hits computed before the CPU knows of them."""
 
     @classmethod
-    def of(cls, shape: ModelShape, machine: Machine, context: int = 8192, gpu_finds_hits: bool = False) -> Setup:
+    def of(cls, shape: ModelShape, machine: Machine, context: int = 8192, gpu_finds_hits: bool = True) -> Setup:
         """Trunk and KV cache first, the rest of the VRAM is slots.
 
         Raises:
@@ -147,6 +148,7 @@ class _Run:
         self._setup, self._strategy = setup, strategy
         self.now = self._link_free = self.link_seconds = 0.0
         self.uploads = 0
+        self._all_in_vram = setup.vram_slots == setup.shape.layers * setup.shape.experts
         self.served = [0, 0, 0, 0, 0]
         """As the last fields of an outcome."""
         self._flying: list[tuple[float, ExpertId]] = []  # uploads and when they arrive, ascending
@@ -158,8 +160,9 @@ class _Run:
         self.now += setup.trunk
         self._land()
         wanted = strategy.find(layer, chosen)
-        if strategy.waits and (wanted.misses or not setup.gpu_finds_hits):
-            self.now += SYNC
+        finds = strategy.keeps_table and setup.gpu_finds_hits
+        word = SYNC if strategy.waits and not (finds and self._all_in_vram) else 0.0
+        self.now += word
         arriving = [(max(0.0, at - self.now), expert) for at, expert in self._flying if expert in wanted.misses]
         late = {expert for _, expert in arriving}
         in_ram, on_disk = self._look_in_ram(layer, [expert for expert in wanted.misses if expert not in late])
@@ -178,6 +181,7 @@ class _Run:
             late=[at for at, _ in arriving[:waited]],
             link_busy=busy,
             behind=self._link_busy() - queued,
+            ahead=word if finds else 0.0,
         )
         self.now += max(*end, self._disk_end(len(on_disk), end.cpu))
         self._upload(strategy.upload([*on_cpu, *on_disk], self._link_busy()))

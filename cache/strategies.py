@@ -23,6 +23,9 @@ class Strategy(Protocol):
     waits: bool
     """Whether the GPU waits in each layer for the CPU to know what the router has chosen."""
 
+    keeps_table: bool
+    """Whether the GPU finds residents in a table and computes them while the CPU learns of the choice."""
+
     def __contains__(self, expert: object) -> bool:
         """Whether `expert` has a slot in VRAM."""
         ...
@@ -62,6 +65,8 @@ class Strategy(Protocol):
 
 class Static:
     """What is in VRAM stays there, and the CPU computes the rest."""
+
+    keeps_table = False
 
     def __init__(self, residents: Sequence[ExpertId], waits: bool) -> None:
         self._residents = frozenset(residents)
@@ -111,7 +116,7 @@ def static_experts(slots: int, costs: TierCosts, routing: Routing) -> Static:
 class CopyMisses:
     """VRAM is a cache, at first of popular experts; every miss is copied there and computed by the GPU."""
 
-    waits = True
+    waits = keeps_table = True
 
     def __init__(self, slots: int, costs: TierCosts, routing: Routing, policy: str) -> None:
         self.costs = costs

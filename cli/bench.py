@@ -83,8 +83,12 @@ def bench(
         typer.Option(min=0, max=1, help="Prefetch for the next layer with this share of right guesses.", metavar="R"),
     ] = None,
     gpu_finds_hits: Annotated[
-        bool, typer.Option("--gpu-finds-hits", help="The GPU waits for the CPU only in layers with a miss.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--gpu-finds-hits/--host-finds-hits",
+            help="Whether caches have hits computed before the CPU knows what was chosen, as pocketmoe does.",
+        ),
+    ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict tokens per second of strategies to place experts on a GPU. Simulated, not measured."""

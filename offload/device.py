@@ -36,6 +36,15 @@ class Mark(Protocol):
         ...
 
 
+class OnItsWay(Protocol):
+    """Tensors that travel to RAM."""
+
+    def wait(self) -> list[torch.Tensor]:
+        """Block the caller until they are there; valid until the next `to_host`. What was launched after they were
+        asked for is not waited for."""
+        ...
+
+
 class Device(Protocol):
     """What computes the trunk and the resident experts.
 
@@ -77,11 +86,12 @@ class Device(Protocol):
         ...
 
     def put(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a small copy from RAM on the compute queue. The source must stay until the next `to_host`."""
+        """Queue a small copy from RAM on the compute queue. The source must stay until a later `to_host` has been
+        waited for."""
         ...
 
-    def to_host(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Wait for the compute queue and bring tensors to RAM, valid until the next call. The only wait of a layer."""
+    def to_host(self, tensors: list[torch.Tensor]) -> OnItsWay:
+        """Queue copies to RAM on the compute queue. To wait for them is the only wait of a layer."""
         ...
 
     def discard(self, target: torch.Tensor, after: Iterable[Mark]) -> None:
@@ -131,6 +141,17 @@ class _TorchMark:
 
     def hold_up(self, stream: torch.Stream) -> None:
         stream.wait_event(self._end)
+
+
+class _Fetched:
+    """Copies to RAM and the event behind them."""
+
+    def __init__(self, tensors: list[torch.Tensor], end: Mark) -> None:
+        self._tensors, self._end = tensors, end
+
+    def wait(self) -> list[torch.Tensor]:
+        self._end.wait()
+        return self._tensors
 
 
 class TorchDevice:
@@ -192,7 +213,7 @@ class TorchDevice:
     def put(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
-    def to_host(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def to_host(self, tensors: list[torch.Tensor]) -> OnItsWay:
         offsets, end = [], 0
         for tensor in tensors:
             offsets.append(end)
@@ -203,8 +224,7 @@ class TorchDevice:
         for tensor, offset in zip(tensors, offsets, strict=True):
             place = self._staging[offset : offset + tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
             out.append(place.copy_(tensor, non_blocking=True))
-        self.mark().wait()
-        return out
+        return _Fetched(out, self.mark())
 
     def discard(self, target: torch.Tensor, after: Iterable[Mark]) -> None:
         pass  # its content does no harm; the simulated twin poisons it

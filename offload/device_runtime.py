@@ -5,7 +5,9 @@ RAM is copied up or computed by the CPU while the device computes the hits, whic
 so far (`cache/hybrid.py` decides). A miss on disk goes to RAM first. The outputs are summed in expert order on the
 device. A prompt streams every expert that it needs through the device, a few at a time.
 
-The caller waits for the device once a layer, to learn what the router has chosen.
+The caller waits for the device once a layer, to learn what the router has chosen. A single token's hits need no such
+word: the device finds them in a table of addresses (`resident_table.py`) and computes them meanwhile. While every
+expert of the model lies there, the caller waits once a token, in the last layer, and learns of all layers together.
 """
 
 from __future__ import annotations
@@ -18,22 +20,20 @@ import torch
 
 from ..cache.device_stats import DeviceStats
 from ..cache.expert import ExpertId, Lookup
-from ..cache.hybrid import Measured, TierCosts, Worth, split_misses, upload_budget, worth_admitting
+from ..cache.hybrid import Measured, TierCosts, split_misses
 from ..cache.manager import ExpertCache
-from ..quant.kernels import ExpertKernels
-from .device import Device
+from ..quant.kernels import ExpertKernels, ResidentKernels
+from .admissions import Admissions
+from .after_prompt import who_stays
+from .below import Below
+from .choices import Choices, Told
+from .device import Device, Mark
 from .reads import Reads
-from .recorder import NoRecorder
 from .recovery import recovering
+from .resident_table import ResidentTable
 from .runtime import Assignment, ExpertRuntime, combine
 from .tiers import DeviceSlots
 from .uploads import Uploads
-
-_LAST_TOKENS = 32
-"""Of a prompt: what they chose, the answer will want."""
-
-_DISK = 1.5e9
-"""Bytes per second of a disk that nobody has measured yet."""
 
 
 @dataclass
@@ -50,6 +50,8 @@ class _Step:
     """float32 [R, H], on the device: the experts' outputs."""
     on_host: torch.Tensor | None
     """`hidden` in RAM, for a single token that the CPU may work on."""
+    found: set[ExpertId]
+    """Experts that a kernel has computed, having found them itself."""
     keep: set[int] | None
     """Of a prompt: experts that stay on the device after it. None: all."""
 
@@ -60,7 +62,8 @@ class DeviceRuntime:
     Args:
         cache: who is in which slot of the device.
         ram: the tier below, whose kernels compute on the CPU.
-        kernels: one per MoE layer, for tensors of the device.
+        kernels: one per MoE layer, for tensors of the device. Those of the kind `ResidentKernels` find hits themselves.
+        experts: how many each layer has.
         deterministic: every expert is computed on the device, so that answers do not depend, to the bit, on what lies
             where: the CPU's kernels round differently.
         learns: correct the costs by what copies and the CPU really take.
@@ -73,25 +76,26 @@ class DeviceRuntime:
         slots: DeviceSlots,
         ram: ExpertRuntime,
         kernels: Sequence[ExpertKernels],
+        experts: Sequence[int],
         costs: TierCosts,
         deterministic: bool = False,
         learns: bool = True,
     ) -> None:
         self.device, self.cache, self.slots, self.ram, self.kernels = device, cache, slots, ram, kernels
         self.costs, self.deterministic, self._learns = costs, deterministic, learns
-        self._records = not isinstance(ram.recorder, NoRecorder)
+        self.choices = Choices(device, ram.recorder)
+        self._finders = [kernel if isinstance(kernel, ResidentKernels) else None for kernel in kernels]
         self.stats = DeviceStats(cache.layers, slots.record_bytes, cache.capacity)
-        self.worth = Worth()
-        self._read_s = slots.record_bytes / _DISK
-        """What the read of one record takes."""
-        self.uploads = Uploads(device, slots, ram.cache, ram.slots)
-        self._below = _Below(ram, self.uploads)
+        self.table = ResidentTable(device, experts)
+        self.uploads = Uploads(device, slots, ram.cache, ram.slots, self.table)
+        self.admissions = Admissions(cache, ram.cache, self.uploads, slots.record_bytes)
+        self._below = Below(ram, self.uploads)
         self._wave = max(1, cache.floor // 2)
-        top_k = ram.cache.floor
-        self._zeros = device.empty((top_k,), torch.int32)
-        device.put(self._zeros, torch.zeros(top_k, dtype=torch.int32))
-        self._from_cpu = torch.empty(0, 0)
         self._kept: tuple[torch.Tensor, ...] = ()  # what `device.put` still reads
+        top_k = ram.cache.floor
+        self._zeros = self._put(torch.zeros(top_k, dtype=torch.int32))
+        self._ascending = self._put(torch.arange(top_k)[None])
+        self._from_cpu = torch.empty(0, 0)
         self.in_order = True
 
     # One layer
@@ -101,60 +105,106 @@ class DeviceRuntime:
         self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of each token's experts; see `ExpertRuntime.run_layer`. All tensors are the device's."""
-        ram, single = self.ram, hidden_states.shape[0] == 1
-        guess = None
-        if single and ram.predictor is not None and self.wants_guesses:
-            guess = ram.predictor.predict(layer + 1)
         hidden = hidden_states.float().contiguous()
-        wanted = {"chosen": top_k_index, "guess": guess, "hidden": hidden if single else None}
-        wanted["weights"] = top_k_weights if self._records else None
-        asked = {name: tensor for name, tensor in wanted.items() if tensor is not None}
-        got = dict(zip(asked, self.device.to_host(list(asked.values())), strict=True))
-        if self._records:
-            traced = {name: tensor.clone() for name, tensor in got.items()}
-            ram.recorder.record(layer, traced["chosen"], traced["weights"], traced.get("guess"))
-        work = Assignment.of(got["chosen"])
-        step = self._step(layer, work, hidden, got.get("hidden"))
-        self._run_experts(step, got["guess"].reshape(-1).tolist() if "guess" in got else ())
+        parts = self.device.empty((top_k_index.numel(), hidden.shape[1]), torch.float32)
+        run = self._run_token if hidden.shape[0] == 1 else self._run_prompt
+        places, order = run(layer, hidden, top_k_index, top_k_weights, parts)
         if layer == self.cache.layers - 1:
-            self._tick(single)
-        places, order = (self._put(index) for index in (work.places, work.order))
+            self._tick(hidden.shape[0] == 1)
         self.device.join()
-        summed = combine(step.parts, work._replace(places=places, order=order), top_k_weights)
-        return summed.to(hidden_states.dtype)
+        return combine(parts, places, order, top_k_weights).to(hidden_states.dtype)
 
-    def _tick(self, single: bool) -> None:
-        """One token is done, or a piece of a prompt."""
-        if single and self.ram.predictor is not None:
-            self.ram.test_prefetch()
-        for part in (self.cache, self.ram.cache, self.worth):
-            part.tick()
-        reads = self.ram.stats.total("demand_reads") + self.ram.stats.total("prefetch_reads")
-        if reads:
-            self._read_s = self.ram.stats.read_busy_s / reads
+    def _run_token(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, parts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Have a single token's `parts` filled; returns `places` and `order` of its assignment, on the device."""
+        tells = not self._knows_enough(layer)
+        if tells:
+            self.choices.ask(layer, index, weights, hidden, self._guess(layer))
+        self._settle()
+        chosen, order = torch.sort(index, dim=1)
+        end = self._find(layer, hidden, chosen[0], parts)  # while the choice travels
+        if tells:
+            told = self._wait()
+            work = Assignment.of(told.chosen)
+            found = set() if end is None else self._found(layer, work, end)
+            rows = self._zeros[: len(work.rows)]
+            self._run_experts(_Step(layer, work, hidden, rows, parts, told.hidden, found, keep=None), told.guess)
+        else:
+            self.choices.put_off(layer, chosen[0])
+        return self._ascending[:, : index.shape[1]], order
 
-    @property
-    def wants_guesses(self) -> bool:
-        """Whether there is anything left to read ahead from disk."""
-        return self.ram.wants_guesses
+    def _run_prompt(
+        self, layer: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, parts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for many tokens."""
+        self.choices.ask(layer, index, weights)
+        self._settle()
+        work = Assignment.of(self._wait().chosen)
+        share = max((self.cache.capacity - 2 * self._wave) // self.cache.layers, 1)
+        keep = who_stays(work, share)
+        self._run_experts(_Step(layer, work, hidden, self._put(work.rows), parts, None, set(), keep), ())
+        return self._put(work.places), self._put(work.order)
 
-    def _step(self, layer: int, work: Assignment, hidden: torch.Tensor, on_host: torch.Tensor | None) -> _Step:
-        self._kept = ()  # the device has caught up: `to_host` waited for it
-        count = len(work.rows)
-        single = on_host is not None and count <= len(self._zeros)
-        rows = self._zeros[:count] if single else self._put(work.rows)
-        parts = self.device.empty((count, hidden.shape[1]), torch.float32)
-        if single and not self.deterministic and self._from_cpu.shape != (len(self._zeros), hidden.shape[1]):
-            self._from_cpu = torch.empty(len(self._zeros), hidden.shape[1])
-        keep = None if on_host is not None else self._worth_keeping(work)
-        return _Step(layer, work, hidden, rows, parts, on_host, keep)
+    def _knows_enough(self, layer: int) -> bool:
+        """Whether the caller can queue this layer of a token without a word from its router."""
+        last = layer == self.cache.layers - 1
+        return self.table.full and not last and not self.choices.recorded and self._finders[layer] is not None
 
-    def _run_experts(self, step: _Step, guess: Sequence[int]) -> None:
-        layer, work, ram = step.layer, step.work, self.ram
+    def _guess(self, layer: int) -> torch.Tensor | None:
+        predictor = self.ram.predictor
+        return predictor.predict(layer + 1) if predictor is not None and self.wants_guesses else None
+
+    def _settle(self) -> None:
         for seconds in self.uploads.settle():
             self.stats.record_copy(seconds)
             if self._learns:
                 self.costs = self.costs.corrected(copy=Measured(1, seconds))
+
+    def _find(self, layer: int, hidden: torch.Tensor, chosen: torch.Tensor, parts: torch.Tensor) -> Mark | None:
+        """Queue a kernel for those of the chosen experts that are in the table; None where it could not find them."""
+        finder, addresses = self._finders[layer], self.table.row(layer)
+        if finder is None:
+            return None
+        self.device.launch(lambda: finder.run_resident(hidden, chosen, addresses, parts))
+        return self.device.mark()
+
+    def _found(self, layer: int, work: Assignment, end: Mark) -> set[ExpertId]:
+        """Those that the kernel has found which ends before `end`; nothing may have changed the table since."""
+        found = {expert for index in work.experts if (expert := ExpertId(layer, index)) in self.table}
+        self.uploads.used(map(self._slot, found), end)
+        return found
+
+    def _wait(self) -> Told:
+        told = self.choices.wait()
+        self._kept = ()
+        for layer, indices in told.earlier:  # every request was a hit
+            wanted = self.cache.lookup(layer, indices)
+            experts = wanted.hits + wanted.misses
+            self.stats.record(layer, len(experts), len(experts))
+            self.ram.stats.record(layer, Lookup(experts, ()))
+            self._note_uses(layer, experts)
+        return told
+
+    def _note_uses(self, layer: int, experts: tuple[ExpertId, ...]) -> None:
+        self.admissions.worth.use(experts)
+        self.ram.history.record(layer, experts)
+
+    def _tick(self, single: bool) -> None:
+        """One token is done, or a piece of a prompt."""
+        if single and self.ram.predictor is not None and not self.table.full:
+            self.ram.test_prefetch()
+        for part in (self.cache, self.ram.cache, self.admissions.worth):
+            part.tick()
+        self.admissions.measure_reads(self.ram.stats)
+
+    @property
+    def wants_guesses(self) -> bool:
+        """Whether there is anything left to read ahead from disk."""
+        return not self.table.full and self.ram.wants_guesses
+
+    def _run_experts(self, step: _Step, guess: Sequence[int]) -> None:
+        layer, work, ram = step.layer, step.work, self.ram
         single = step.on_host is not None
         ram.prefetch.settle(layer, set(work.experts))
         wanted = self.cache.lookup(layer, work.experts, promote=single)
@@ -165,18 +215,16 @@ class DeviceRuntime:
         ram.note_missing(layer, len(below.misses) + ahead)
         ram.stats.record(layer, everything, late, ahead)
         if single:
-            self.worth.use(wanted.hits + wanted.misses)
-            ram.history.record(layer, everything.hits + everything.misses)
+            self._note_uses(layer, everything.hits + everything.misses)
         reads = Reads(self._below, layer, below, keep=None if single else ram.worth_keeping(layer, work))
         try:
             reads.start()
             if guess:
                 below_it = [index for index in guess if self.cache.slot_of(ExpertId(layer + 1, index)) is None]
                 ram.prefetch.request(layer + 1, below_it)
-            here, arriving = self._arrivals(wanted.hits, wait=not single or self.deterministic)
             self.stats.record(layer, len(wanted.hits), len(work.experts))
-            self._on_device(step, here)
-            self._misses(step, below.hits, len(here), arriving)
+            here, arriving = self._hits(step, wanted.hits)
+            self._misses(step, below.hits, here, arriving)
             reads.release(below.hits)
             while ready := reads.next():
                 self._misses(step, ready)
@@ -184,13 +232,19 @@ class DeviceRuntime:
         finally:
             reads.close()
 
-    def _arrivals(self, hits: Sequence[ExpertId], wait: bool) -> tuple[list[ExpertId], list[tuple[float, ExpertId]]]:
-        """Those of the hits that have arrived, or are waited for in any case, and the others with the seconds until
-        each arrives."""
-        due = {expert: 0 if wait else self.uploads.position(expert) for expert in hits}
-        late = sorted((place, expert) for expert, place in due.items() if place)
-        here = [expert for expert, place in due.items() if not place]
-        return here, [(place * self.costs.copy.each, expert) for place, expert in late]
+    def _hits(self, step: _Step, hits: Sequence[ExpertId]) -> tuple[int, list[tuple[float, ExpertId]]]:
+        """Have the device compute those that have arrived, unless it has found them, and the others if it has to.
+
+        Returns:
+            How many have arrived; and those that may still be computed elsewhere, with the seconds until they do.
+        """
+        due = {expert: self.uploads.position(expert) for expert in hits if expert not in step.found}
+        self._on_device(step, [expert for expert, place in due.items() if not place])
+        late = sorted((place * self.costs.copy.each, expert) for expert, place in due.items() if place)
+        if step.on_host is None or self.deterministic:
+            self._on_device(step, [expert for _, expert in late])
+            return len(hits), []
+        return len(hits) - len(late), late
 
     def _misses(
         self,
@@ -206,7 +260,7 @@ class DeviceRuntime:
             self._stream(step, experts)
             return
         busy = len(self.uploads) * self.costs.copy.each
-        order = self.worth.ordered(experts)
+        order = self.admissions.worth.ordered(experts)
         copied, on_cpu = split_misses(hits, order, self.costs, arriving=arriving, link_busy=busy, most=self.cache.floor)
         self._on_device(step, [expert for _, expert in arriving if expert not in on_cpu])
         self._stream(step, copied)
@@ -234,6 +288,8 @@ class DeviceRuntime:
         if not experts:
             return
         assert step.on_host is not None
+        if self._from_cpu.shape[1] != step.on_host.shape[1]:
+            self._from_cpu = torch.empty(len(self._zeros), step.on_host.shape[1])
         begin = self.device.clock()
         jobs = []
         for expert in experts:
@@ -264,7 +320,7 @@ class DeviceRuntime:
                 waves.append([])
                 for expert in wave:
                     stays = step.keep is None or expert.index in step.keep
-                    self._bring(expert, transient=not stays)
+                    self.admissions.bring(expert, transient=not stays)
                     self.cache.lock((expert,))
                     waves[-1].append(expert)
                     held += 1
@@ -275,43 +331,8 @@ class DeviceRuntime:
                 self.cache.unlock(wave)
 
     def _admit(self, layer: int, computed: Sequence[ExpertId]) -> None:
-        """Bring up those of the experts that the CPU has computed which are worth more than who would leave."""
-        for expert in computed[: upload_budget(self.costs, len(self.uploads) * self.costs.copy.each)]:
-            victim = self.cache.next_victim(layer)
-            on_disk = victim is not None and self.ram.cache.slot_of(victim) is None
-            gain = self.worth.gain(expert, victim, self.costs.dearness(self._read_s) if on_disk else 1.0)
-            if worth_admitting(gain, self.costs):
-                self._bring(expert, transient=False)
-                self.stats.record_admitted(layer)
-
-    def _bring(self, expert: ExpertId, transient: bool) -> None:
-        victim = self.cache.next_victim(expert.layer)
-        passing = victim is not None and self.cache.is_transient(victim)
-        admission = self.cache.admit(expert, transient)
-        assert admission is not None, (expert, self.cache.capacity)
-        try:
-            if admission.evicted is not None:
-                self.uploads.emptied(admission.slot)
-                if not passing:  # who only passed through with a prompt is not wanted more than before
-                    self.ram.cache.promote(admission.evicted)
-            self.uploads.start(expert, admission.slot)
-        except BaseException:
-            self.cache.abandon(expert)
-            raise
-        self.cache.arrived(expert)  # for whoever computes it later on: the kernel waits, not the caller
-        if not transient:
-            self.ram.cache.demote(expert)  # two copies are one too many where RAM is short
-
-    def _worth_keeping(self, work: Assignment) -> set[int]:
-        """A prompt's experts that stay on the device: a fair share of slots, those that its last tokens chose first."""
-        share = max((self.cache.capacity - 2 * self._wave) // self.cache.layers, 1)
-        last = len(work.places) - _LAST_TOKENS
-        recent = {
-            expert: int((work.rows[work.starts[i] : work.starts[i + 1]] >= last).sum())
-            for i, expert in enumerate(work.experts)
-        }
-        count = {expert: work.starts[i + 1] - work.starts[i] for i, expert in enumerate(work.experts)}
-        return set(sorted(work.experts, key=lambda e: (-recent[e], -count[e], e))[:share])
+        for _ in range(self.admissions.bring_worthy(computed, self.costs)):
+            self.stats.record_admitted(layer)
 
     def _slot(self, expert: ExpertId) -> int:
         slot = self.cache.slot_of(expert)
@@ -338,7 +359,7 @@ class DeviceRuntime:
         before = self.cache.capacity
         left = self.slots.shrink(slots, least=self.cache.layers * self.cache.floor)
         for expert, slot in self.cache.resize(left):
-            self.uploads.forget(slot)
+            self.uploads.forget(expert, slot)
             self.ram.cache.promote(expert)
         self.stats.slots = left
         return before - left
@@ -350,23 +371,12 @@ class DeviceRuntime:
     def recover(self) -> None:
         """Stop every copy and read, and free what they hold."""
         self.device.mark().wait()  # no kernel reads a slot any more, whether it was remembered or not
-        self.uploads.recover()
+        self.choices.recover()
         self.cache.recover()
+        self.uploads.recover(self.cache.residents())
         self.ram.recover()
 
     def close(self) -> None:
-        self.uploads.recover()
+        self.uploads.wait_for_all()
         self.ram.close()
         self.ram.slots.unpin()
-
-
-class _Below:
-    """The RAM tier as `Reads` wants it; there, room can also be made by waiting for an upload."""
-
-    def __init__(self, ram: ExpertRuntime, uploads: Uploads) -> None:
-        self.cache, self.slots, self.transfers = ram.cache, ram.slots, ram.transfers
-        self.prefetch, self.stats, self.prompt_reads = ram.prefetch, ram.stats, ram.prompt_reads
-        self._uploads = uploads
-
-    def make_room(self) -> bool:
-        return self._uploads.wait_for_one() or self.prefetch.make_room()

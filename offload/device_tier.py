@@ -85,12 +85,13 @@ def make_device_runtime(
     kernels: list[ExpertKernels],
     config: OffloadConfig,
     hidden: Sequence[int],
+    experts: Sequence[int],
     on_notice: OnNotice,
 ) -> DeviceRuntime:
     """The tier above `ram`: takes the slots, pins the RAM below and measures what copies and kernels cost.
 
     Args:
-        hidden: the width of each MoE layer.
+        hidden, experts: the width of each MoE layer, and how many it has.
 
     Raises:
         VramBudgetError: the device has no room even for a slot for each layer.
@@ -116,7 +117,7 @@ def make_device_runtime(
         floor = max(1, min(top_k, slots.capacity // layers))
         cache = ExpertCache(slots.capacity, get_policy(config.policy, slots.capacity, layers * floor), layers, floor)
         costs = measure_costs(device, slots, ram, kernels[0], hidden[0])
-        runtime = DeviceRuntime(device, cache, slots, ram, kernels, costs, config.deterministic)
+        runtime = DeviceRuntime(device, cache, slots, ram, kernels, experts, costs, config.deterministic)
         runtime.stats.link_peak = record / costs.copy.each if costs.copy.each else None
         ram.stats.device = runtime.stats
         return runtime

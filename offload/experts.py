@@ -10,7 +10,7 @@ from torch import nn
 
 from ..quant.activations import Activation
 from ..quant.codecs import packed_format
-from ..quant.kernels import ExpertJob, ExpertKernels, TorchKernels
+from ..quant.kernels import ExpertJob, ExpertKernels, ResidentKernels, TorchKernels
 from ..quant.native import NativeKernels, NativePool, load_native, why_missing
 from ..quant.triton_kernels import TritonKernels, load_triton
 from ..quant.triton_kernels import why_missing as why_no_triton
@@ -97,7 +97,7 @@ def _with_norm(site: MoeSite, kernels: ExpertKernels, on_cpu: bool = False) -> E
         return kernels
     if on_cpu and any(parameter.device.type != "cpu" for parameter in norm.parameters()):
         norm = copy.deepcopy(norm).cpu()  # the trunk's own lies on a GPU
-    return _Normed(kernels, norm)
+    return _NormedResident(kernels, norm) if isinstance(kernels, ResidentKernels) else _Normed(kernels, norm)
 
 
 class _Normed:
@@ -110,6 +110,21 @@ class _Normed:
         self._kernels.run(hidden, rows, jobs, out)
         for _, start, count in jobs:
             out[start : start + count] = self._norm(out[start : start + count])
+
+
+class _NormedResident(_Normed):
+    """The same for kernels that find records themselves."""
+
+    def __init__(self, kernels: ResidentKernels, norm: nn.Module) -> None:
+        super().__init__(kernels, norm)
+        self._finders = kernels
+
+    def run_resident(
+        self, hidden: torch.Tensor, chosen: torch.Tensor, addresses: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        self._finders.run_resident(hidden, chosen, addresses, out)
+        for i in range(len(chosen)):  # row by row, as above, for the same bits; what was not written stays undefined
+            out[i : i + 1] = self._norm(out[i : i + 1])
 
 
 def _native_activations(sites: list[MoeSite]) -> list[Activation] | None:

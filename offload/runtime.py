@@ -77,17 +77,20 @@ def _one_token(k: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
     return list(range(k + 1)), torch.zeros(k, dtype=torch.int32), torch.arange(k).reshape(1, k)
 
 
-def combine(parts: torch.Tensor, work: Assignment, top_k_weights: torch.Tensor) -> torch.Tensor:
+def combine(
+    parts: torch.Tensor, places: torch.Tensor, order: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
     """Each token's experts, weighted and summed in expert order: float32 [T, H].
 
     Args:
         parts: float32 [R, H], the experts' outputs by row.
+        places, order: as in `Assignment`.
         top_k_weights: [T, k], in the router's order.
     """
-    weights = top_k_weights.float().gather(1, work.order)
-    total = parts[work.places[:, 0]] * weights[:, :1]
-    for i in range(1, work.places.shape[1]):
-        total.addcmul_(parts[work.places[:, i]], weights[:, i : i + 1])
+    weights = top_k_weights.float().gather(1, order)
+    total = parts[places[:, 0]] * weights[:, :1]
+    for i in range(1, places.shape[1]):
+        total.addcmul_(parts[places[:, i]], weights[:, i : i + 1])
     return total
 
 
@@ -140,7 +143,7 @@ class ExpertRuntime:
         work = Assignment.of(top_k_index)
         hidden = hidden_states.float().contiguous()
         parts = self.run_experts(layer, hidden, work, () if guess is None else guess.reshape(-1).tolist())
-        return combine(parts, work, top_k_weights).to(hidden_states.dtype)
+        return combine(parts, work.places, work.order, top_k_weights).to(hidden_states.dtype)
 
     @property
     def wants_guesses(self) -> bool:

@@ -2,8 +2,9 @@
 would promise nothing.
 
 It computes what a GPU would compute, but late. A kernel reads its operands when it ends, and a copy reads its source
-when it ends; from its begin until then its target holds poison. So a wait that is missing, a slot that is used again
-too early, or a source in RAM that is overwritten while it travels gives wrong numbers, the same ones for the same seed.
+when it ends; from its begin until then its target holds poison. What went to the host is poisoned when more goes
+there. So a wait that is missing, a slot that is used again too early, or a source in RAM that is overwritten while it
+travels gives wrong numbers, the same ones for the same seed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .device import Mark
+from .device import Mark, OnItsWay
 from .errors import DeviceMemoryError
 
 _POISON = 0xFF
@@ -63,11 +64,21 @@ class _SimulatedMark:
         return self.work is None or self.work.ended <= self._device.now
 
     def wait(self) -> None:
+        self._device.waits += 1
         self._device.run_until(self.work)
 
     def seconds(self) -> float:
         assert self.work is not None and self.work.ended <= self._device.now, "not passed yet"
         return self.work.ended - self.work.started
+
+
+class _Fetched:
+    def __init__(self, end: _SimulatedMark, tensors: list[torch.Tensor]) -> None:
+        self._end, self._tensors = end, tensors
+
+    def wait(self) -> list[torch.Tensor]:
+        self._end.wait()
+        return self._tensors
 
 
 class SimulatedDevice:
@@ -94,6 +105,9 @@ class SimulatedDevice:
         self.speeds, self.capacity, self.fail_at, self.may_pin = speeds, capacity, fail_at, may_pin
         self.now = 0.0
         self.allocations = self.allocated_bytes = self.copied_bytes = 0
+        self.waits = 0
+        """How often the caller has blocked, if only for a moment."""
+        self._at_host: list[torch.Tensor] = []
         self._random = random.Random(seed)
         self._compute: deque[_Work] = deque()
         self._copies: deque[_Work] = deque()
@@ -143,10 +157,17 @@ class SimulatedDevice:
     def put(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self._enqueue(self._compute, self.speeds.latency, lambda: _copy(target, source), lambda: _poison(target))
 
-    def to_host(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        self.join()
-        self.pass_time()
-        return [tensor.clone() for tensor in tensors]
+    def to_host(self, tensors: list[torch.Tensor]) -> OnItsWay:
+        for stale in self._at_host:
+            _poison(stale)
+        self._at_host = copies = [torch.empty_like(tensor) for tensor in tensors]
+
+        def end() -> None:
+            for target, source in zip(copies, tensors, strict=True):
+                target.copy_(source)
+
+        work = self._enqueue(self._compute, self.speeds.latency, end)
+        return _Fetched(_SimulatedMark(self, work), copies)
 
     def discard(self, target: torch.Tensor, after: Iterable[Mark]) -> None:
         self._enqueue(self._copies, 0.0, lambda: _poison(target), after=_works(after))

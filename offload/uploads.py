@@ -1,4 +1,5 @@
-"""Copies from slots in RAM to slots on a device, and who has to wait for whom.
+"""Copies from slots in RAM to slots on a device, who has to wait for whom, and when the device's kernels may find what
+has arrived.
 
 The caller never waits here, unless it needs a slot in RAM back: kernels wait for the copies of their experts, and a
 copy waits for the last kernel that reads what it overwrites, all inside the device's queues.
@@ -7,17 +8,19 @@ copy waits for the last kernel that reads what it overwrites, all inside the dev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ..cache.expert import ExpertId
 from ..cache.manager import ExpertCache
 from .device import Device, Mark
+from .resident_table import ResidentTable
 from .tiers import DeviceSlots, RamSlots
 
 
 class _Copy(NamedTuple):
     expert: ExpertId
+    slot: int
     arrived: Mark
 
 
@@ -26,13 +29,19 @@ class Uploads:
 
     Args:
         below: the cache of the RAM tier. An expert stays locked there while its record travels.
+        table: has those experts whose copies have been seen to arrive and whose slots are still theirs.
     """
 
-    def __init__(self, device: Device, slots: DeviceSlots, below: ExpertCache, sources: RamSlots) -> None:
+    def __init__(
+        self, device: Device, slots: DeviceSlots, below: ExpertCache, sources: RamSlots, table: ResidentTable
+    ) -> None:
         self._device, self._slots, self._below, self._sources = device, slots, below, sources
+        self._table = table
         self._flying: deque[_Copy] = deque()
         self._arrivals: dict[int, Mark] = {}
         """By slot: copies that no kernel has waited for yet."""
+        self._newest: dict[int, Mark] = {}
+        """By slot: the copy in flight whose expert owns it; those of evicted experts arrive for nobody."""
         self._last_use: dict[int, Mark] = {}
 
     def __len__(self) -> int:
@@ -46,12 +55,12 @@ class Uploads:
         """Queue the copy of an expert that lies in RAM to a slot on the device, whatever that slot held before."""
         source = self._below.slot_of(expert)
         assert source is not None and not self._below.is_arriving(expert), f"{expert} is not in RAM"
-        self._below.lock((expert,))
-        last_use = self._last_use.pop(slot, None)
+        last_use = self._last_use.get(slot)
         after = () if last_use is None else (last_use,)
         mark = self._device.copy_in(self._slots.record(slot), self._sources.record(source), after)
-        self._arrivals[slot] = mark
-        self._flying.append(_Copy(expert, mark))
+        self._below.lock((expert,))
+        self._arrivals[slot] = self._newest[slot] = mark
+        self._flying.append(_Copy(expert, slot, mark))
 
     def use(self, slots: Iterable[int]) -> None:
         """The kernel that is launched next reads these slots."""
@@ -60,19 +69,22 @@ class Uploads:
             if arrival is not None:
                 self._device.compute_after(arrival)
 
-    def used(self, slots: Iterable[int]) -> None:
-        """The kernel that was launched last reads these slots."""
-        mark = self._device.mark()
+    def used(self, slots: Iterable[int], mark: Mark | None = None) -> None:
+        """A kernel that ends before `mark`, or the one that was launched last, reads these slots."""
+        mark = mark or self._device.mark()
         for slot in slots:
             self._last_use[slot] = mark
 
-    def emptied(self, slot: int) -> None:
-        """A slot's expert has been evicted."""
+    def emptied(self, expert: ExpertId, slot: int) -> None:
+        """`expert` has been evicted from its slot. All kernels that found it there must have been noted by `used`."""
+        self._table.remove(expert)
+        self._newest.pop(slot, None)
         last_use = self._last_use.get(slot)
         self._device.discard(self._slots.record(slot), () if last_use is None else (last_use,))
 
     def settle(self) -> list[float]:
-        """Let go of the sources of copies that are over; returns the seconds that each of them took."""
+        """Let go of the sources of copies that are over, and let kernels find them; returns the seconds that each of
+        them took."""
         taken = []
         while self._flying and self._flying[0].arrived.passed():
             taken.append(self._let_go())
@@ -86,23 +98,37 @@ class Uploads:
         self._let_go()
         return True
 
+    def wait_for_all(self) -> None:
+        """Wait until nothing travels any more, and leave the books as they are."""
+        for copy in self._flying:
+            copy.arrived.wait()
+
     def drain(self) -> None:
         while self.wait_for_one():
             pass
 
-    def recover(self) -> None:
-        """After an interruption: wait for all copies, and forget them; the caller frees what they have locked."""
-        for copy in self._flying:
-            copy.arrived.wait()
-        self._flying.clear()
+    def recover(self, residents: Mapping[ExpertId, int]) -> None:
+        """After an interruption: wait for all copies, and forget them; the caller frees what they have locked.
 
-    def forget(self, slot: int) -> None:
-        """A slot is given back; nothing may be in flight."""
+        Args:
+            residents: those whose copies had been asked for without a failure, and their slots. Kernels find them now.
+        """
+        self.wait_for_all()
+        for books in (self._flying, self._arrivals, self._newest, self._last_use):
+            books.clear()
+        self._table.replace({expert: self._slots.record(slot) for expert, slot in residents.items()})
+
+    def forget(self, expert: ExpertId, slot: int) -> None:
+        """The slot of `expert` is given back; nothing may be in flight."""
         assert not self._flying, "copies are in flight"
+        self._table.remove(expert)
         self._arrivals.pop(slot, None)
         self._last_use.pop(slot, None)
 
     def _let_go(self) -> float:
         copy = self._flying.popleft()
         self._below.unlock((copy.expert,))
+        if self._newest.get(copy.slot) is copy.arrived:
+            del self._newest[copy.slot]
+            self._table.enter(copy.expert, self._slots.record(copy.slot))
         return copy.arrived.seconds()

@@ -7,7 +7,7 @@ contract.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,24 @@ class ExpertKernels(Protocol):
             rows: int32 [R], the token of each assignment.
             jobs: each covers rows `start` to `start + count`.
             out: float32 [R, H].
+        """
+        ...
+
+
+@runtime_checkable
+class ResidentKernels(ExpertKernels, Protocol):
+    """Kernels that find the records of a single token's experts themselves, in the memory that they compute in."""
+
+    def run_resident(
+        self, hidden: torch.Tensor, chosen: torch.Tensor, addresses: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Write each chosen expert's output, those whose address is 0 excepted; the same, to the bit, as `run` would.
+
+        Args:
+            hidden: float32 [1, H], contiguous.
+            chosen: int64 [k].
+            addresses: int64 [E], of each expert's record.
+            out: float32 [k, H], in the order of `chosen`.
         """
         ...
 

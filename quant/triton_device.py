@@ -6,6 +6,8 @@ sum is scaled. Used of Triton's library is only what its interpreter runs beside
 
 table  int64 [pieces, 3], pieces of work: the record's address, its first assignment, how many
 first  the first piece of this launch; program (p, b) has piece first + p and the b-th part of the matrices' rows
+chosen     int64 [k], experts; program (i, b) has the i-th
+addresses  int64 [experts], of their records
 x      float32 [tokens, P.cols]; which of its rows an assignment has is in `rows`, int32, if P.gather, else its own
 y      float32 [assignments, P.rows]
 P      `triton_kernels.Projection`
@@ -29,6 +31,23 @@ def matvec(table, first, x, rows, y, P: tl.constexpr, CHUNKS: tl.constexpr):
     """
     record, assignment, _ = _piece(table, first)
     source = tl.load(rows + assignment).to(tl.int64) if P.gather else assignment
+    _one_assignment(record, assignment, source, x, y, P, CHUNKS)
+
+
+@triton.jit
+def matvec_resident(chosen, addresses, x, y, P: tl.constexpr, CHUNKS: tl.constexpr):
+    """The same for a single token, whose assignment i is to expert chosen[i] with its record at addresses[chosen[i]];
+    nothing where that is 0."""
+    assignment = tl.program_id(0).to(tl.int64)
+    address = tl.load(addresses + tl.load(chosen + assignment))
+    if address != 0:
+        record = tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 64)
+        source = assignment * 0 if P.gather else assignment
+        _one_assignment(record, assignment, source, x, y, P, CHUNKS)
+
+
+@triton.jit
+def _one_assignment(record, assignment, source, x, y, P: tl.constexpr, CHUNKS: tl.constexpr):
     block = tl.program_id(1)
     block_at = block * (P.head + P.body)
     up = tl.full([CHUNKS, 16], 0.0, tl.float32)

@@ -147,7 +147,7 @@ def schedule(jobs: Sequence[ExpertJob]) -> Schedule:
 
 
 class TritonKernels:
-    """Experts of one shape and codec on a GPU: implements `kernels.ExpertKernels` for tensors that lie there.
+    """Experts of one shape and codec on a GPU: implements `kernels.ResidentKernels` for tensors that lie there.
 
     Records must start on multiples of 64 bytes. Nothing waits for the GPU: work is queued on torch's current stream.
     The kernels are compiled at their first use, and for all processes of this user.
@@ -212,14 +212,31 @@ class TritonKernels:
     def launch(self, hidden: torch.Tensor, rows: torch.Tensor, schedule: Schedule, out: torch.Tensor) -> None:
         """`run` with a schedule whose table lies on the device already."""
         table, launches = schedule
-        for name, tensor, dtype in (("hidden", hidden, torch.float32), ("out", out, torch.float32)):
-            assert tensor.dtype is dtype and tensor.is_contiguous(), (name, tensor.dtype, tensor.stride())
+        _require_floats(hidden, out)
         assert rows.dtype is torch.int32 and table.dtype is torch.int64, (rows.dtype, table.dtype)
         inner = torch.empty(len(rows), self.shape.intermediate, device=hidden.device)
         with torch.cuda.device_of(hidden):
             for launch in launches:
                 _project(table, launch, hidden, rows, inner, self.gate_up)
                 _project(table, launch, inner, rows, out, self.down)
+
+    def run_resident(
+        self, hidden: torch.Tensor, chosen: torch.Tensor, addresses: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """See `kernels.ResidentKernels.run_resident`."""
+        _require_floats(hidden, out)
+        assert chosen.dtype is addresses.dtype is torch.int64, (chosen.dtype, addresses.dtype)
+        inner = torch.empty(len(chosen), self.shape.intermediate, device=hidden.device)
+        with torch.cuda.device_of(hidden):
+            for x, y, p in ((hidden, inner, self.gate_up), (inner, out, self.down)):
+                _kernel, constants, options, tile = variant(1, p, code := device_code(not x.is_cuda), not x.is_cuda)
+                grid = len(chosen), -(-p.rows // tile)
+                code.matvec_resident[grid](chosen, addresses, x, y, **constants, **options)
+
+
+def _require_floats(hidden: torch.Tensor, out: torch.Tensor) -> None:
+    for name, tensor in (("hidden", hidden), ("out", out)):
+        assert tensor.dtype is torch.float32 and tensor.is_contiguous(), (name, tensor.dtype, tensor.stride())
 
 
 class Variant(NamedTuple):

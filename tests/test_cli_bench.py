@@ -71,7 +71,7 @@ def test_a_small_ram_reads_from_disk():
 
 def test_prefetch_and_a_gpu_that_finds_its_hits_reach_the_simulation():
     assert simulated("--recall", "0.9")["prefetch_recall"] == 0.9
-    hybrid = [simulated(*option)["results"][-1] for option in ((), ("--gpu-finds-hits",))]
+    hybrid = [simulated(*option)["results"][-1] for option in (("--host-finds-hits",), ())]
     assert hybrid[1]["simulated_tokens_per_second"] > hybrid[0]["simulated_tokens_per_second"]
 
 

@@ -174,7 +174,9 @@ def test_sums_are_in_expert_order_whatever_the_router_order():
     for seed in range(5):
         order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
         work = Assignment.of(order[None])
-        results.append(combine(torch.stack([parts[e] for e in work.experts]), work, weights[order][None]))
+        results.append(
+            combine(torch.stack([parts[e] for e in work.experts]), work.places, work.order, weights[order][None])
+        )
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -56,7 +56,7 @@ def test_whole_layers_need_no_word_from_the_cpu():
 
 def test_a_copied_miss_is_waited_for_and_a_hit_afterwards():
     outcome = simulate(setup_of(4), routing_of((0, 2), (0, 1), (0, 2), (0, 1)), "copy-lru")
-    assert outcome.seconds == pytest.approx(4 * (0.5 + SYNC) + (8 + 1) + 3 * 2.0 + 2 * 0.25)
+    assert outcome.seconds == pytest.approx(4 * 0.5 + (SYNC + 8 + 1) + 3 * 2.0 + 2 * 0.25)
     assert (outcome.copied, outcome.hits, outcome.link_seconds) == (1, 7, 8.0)
 
 
@@ -66,12 +66,22 @@ def test_an_upload_arrives_while_later_layers_run_and_is_a_hit_then():
     assert (outcome.uploads, outcome.on_cpu, outcome.hits) == (1, 2, 14)
 
 
-def test_a_gpu_that_finds_its_hits_itself_waits_only_for_layers_with_a_miss():
-    slow, fast = (
-        simulate(setup_of(4, gpu_finds_hits=finds), routing_of((0, 2), (0, 1)), "static-experts").seconds
-        for finds in (False, True)
-    )
-    assert slow - fast == pytest.approx(SYNC)
+def test_a_gpu_that_finds_its_hits_itself_computes_them_while_the_cpu_learns_of_them():
+    def seconds(name: str, slots: int, finds: bool) -> float:
+        return simulate(setup_of(slots, gpu_finds_hits=finds), routing_of((0, 2), (0, 1)), name).seconds
+
+    for slots in (4, 10):  # the CPU computes the miss for longer than the GPU its hit, if there is a miss
+        saved = seconds("cpu-lru", slots, False) - seconds("cpu-lru", slots, True)
+        assert saved == pytest.approx(SYNC if slots == 4 else 2 * SYNC)
+        assert seconds("static-experts", slots, True) == seconds("static-experts", slots, False)
+
+
+def test_hits_that_are_done_sooner_than_the_cpu_knows_of_them_wait_for_it_unless_nothing_can_be_missing():
+    quick = replace(COSTS, gpu=Cost(0.0, SYNC / 8))
+    routing = routing_of((0, 1), (0, 1))
+    some, everything = (simulate(setup_of(slots, costs=quick), routing, "copy-lru").seconds for slots in (4, 10))
+    assert some == pytest.approx(2 * (0.5 + SYNC) + 0.25)
+    assert everything == pytest.approx(2 * (0.5 + SYNC / 4) + 0.25)
 
 
 def test_what_is_not_in_ram_is_read_once_and_then_computed():
@@ -198,7 +208,7 @@ def short_routing() -> Routing:
 def test_the_hybrid_is_no_slower_than_any_single_strategy_on_any_link(link, vram):
     shape = SHAPES["gpt-oss-20b"]._replace(layers=8)
     machine = replace(MACHINES["laptop-8gb"], vram=int(vram * GIB) + 10**9)
-    require_best(speeds(short_routing(), shape, machine, link), slack=0.005)
+    require_best(speeds(short_routing(), shape, machine, link), slack=0.006)
 
 
 @pytest.mark.parametrize("link", ["pcie3x4", "pcie4x16"])
@@ -216,7 +226,7 @@ def real_routing() -> Routing:
 
 
 @pytest.mark.parametrize("link", LINKS)
-def test_on_real_routing_too_and_at_least_1_4_times_as_fast_as_whole_layers(link):
+def test_on_real_routing_too_and_at_least_1_5_times_as_fast_as_whole_layers(link):
     found = speeds(real_routing(), SHAPES["gpt-oss-20b"], MACHINES["laptop-8gb"], link)
     require_best(found, slack=0.005)
-    assert found[HYBRID] > 1.4 * found["static-layers"]
+    assert found[HYBRID] > 1.5 * found["static-layers"]

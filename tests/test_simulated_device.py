@@ -74,9 +74,25 @@ def test_discarded_memory_is_poisoned_once_its_last_use_is_over(device):
     device.compute_after(device.copy_in(slot, record(3.0), ()))
     doubled(device, slot, out)
     device.discard(slot, (device.mark(),))
-    assert torch.equal(device.to_host([out])[0], record(6.0))
+    assert torch.equal(device.to_host([out]).wait()[0], record(6.0))
     device.copy_in(torch.empty(4), torch.zeros(4), ()).wait()  # behind the poison in the same queue
     assert slot.isnan().all()
+
+
+def test_what_goes_to_the_host_is_not_held_up_by_a_kernel_that_is_launched_later():
+    device = SimulatedDevice(speeds=SLOW_LINK._replace(kernel=1.0))
+    value, out = record(3.0), device.empty((256,), torch.float32)
+    on_its_way = device.to_host([value])
+    doubled(device, value, out)
+    assert torch.equal(on_its_way.wait()[0], value) and device.now < 1.0
+    device.join()
+    assert device.now > 1.0
+
+
+def test_what_went_to_the_host_is_gone_when_more_goes_there(device):
+    first = device.to_host([record(3.0)]).wait()[0]
+    device.to_host([record(4.0)])
+    assert first.isnan().all()
 
 
 def test_memory_runs_out_and_comes_back_when_it_is_freed():

@@ -160,6 +160,46 @@ def test_a_table_that_lies_on_the_device_already_gives_the_same_as_run(device: t
     assert torch.equal(out.cpu(), run(kernels, x, rows, jobs))
 
 
+def resident_case(
+    codec: str, shape: ExpertShape, activation: Activation, device: torch.device
+) -> tuple[TritonKernels, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Kernels, a token, its five experts of nine in ascending order, the records of all, and what `run` makes of it."""
+    records = torch.stack([random_expert(codec, shape, seed)[0] for seed in range(9)]).to(device)
+    chosen = torch.tensor([0, 2, 3, 7, 8])
+    x = torch.randn(1, shape.hidden, generator=torch.Generator().manual_seed(2))
+    jobs = [ExpertJob(records[expert], i, 1) for i, expert in enumerate(chosen.tolist())]
+    kernels = make_kernels(codec, shape, activation)
+    return kernels, x, chosen, records, run(kernels, x, torch.zeros(5).int(), jobs)
+
+
+def run_resident(
+    kernels: TritonKernels, x: torch.Tensor, chosen: torch.Tensor, addresses: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    """The result in main memory; NaN where nothing was written."""
+    out = torch.full((len(chosen), kernels.shape.hidden), math.nan, device=device)
+    kernels.run_resident(x.to(device), chosen.to(device), addresses.to(device), out)
+    return out.cpu()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_experts_that_the_kernel_finds_itself_are_the_same_to_the_bit(device: torch.device, codec: str):
+    shape = ExpertShape(72, 50, True, True)
+    kernels, x, chosen, records, want = resident_case(codec, shape, SILU, device)
+    addresses = torch.tensor([record.data_ptr() for record in records])
+    assert torch.equal(run_resident(kernels, x, chosen, addresses, device), want)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.kind)
+def test_nothing_is_written_for_experts_without_an_address(device: torch.device, activation: Activation):
+    shape = ExpertShape(40, 17, activation.has_gate)
+    kernels, x, chosen, records, want = resident_case("int4-g32", shape, activation, device)
+    for absent in ([2, 8], [1, 4], chosen.tolist()):
+        addresses = torch.tensor([0 if e in absent else record.data_ptr() for e, record in enumerate(records)])
+        there = torch.tensor([expert not in absent for expert in chosen.tolist()])
+        out = run_resident(kernels, x, chosen, addresses, device)
+        assert torch.equal(out[there], want[there]) and out[~there].isnan().all()
+
+
 # The division of jobs
 
 
@@ -202,17 +242,22 @@ def test_compiled_code_reads_16_bytes_at_a_time_and_multiplies_on_tensor_cores(c
 
     code = triton_kernels.device_code(interpret=False)
     signature = {"table": "*i64", "first": "i32", "x": "*fp32", "rows": "*i32", "y": "*fp32"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    resident = {"chosen": "*i64", "addresses": "*i64", "x": "*fp32", "y": "*fp32"}
     kernels = make_kernels(codec, ExpertShape(2048, 768))
-    for tokens in (1, triton_kernels.TILE_TOKENS[-1]):
-        variant = triton_kernels.variant(tokens, kernels.gate_up, code, interpret=False)
-        types = {**signature, **dict.fromkeys(variant.constants, "constexpr")}
+    one, many = (
+        triton_kernels.variant(tokens, kernels.gate_up, code, interpret=False)
+        for tokens in (1, triton_kernels.TILE_TOKENS[-1])
+    )
+    of_resident = one._replace(kernel=code.matvec_resident)
+    for variant, parameters in ((one, signature), (of_resident, resident), (many, signature)):
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(parameters.values()) if kind[0] == "*"}
+        types = {**parameters, **dict.fromkeys(variant.constants, "constexpr")}
         source = ASTSource(variant.kernel, types, variant.constants, aligned)
         with knobs.cache.scope():
             knobs.cache.dir = str(tmp_path)
             compiled = compile(source, GPUTarget("cuda", capability, 32), options=variant.options)
         ptx = compiled.asm["ptx"]
-        if tokens == 1:
+        if variant is not many:
             assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= 2  # of up and of gate
             assert "sizePerThread = [1, 4]" in compiled.asm["ttgir"]  # so that those of a warp lie together
         else:
