@@ -126,7 +126,7 @@ class MemoryPlan:
         where = f"{self.slots:,} fit in RAM ({size(self.slot_bytes)})"
         lent = self.slots - self.slots_beside(n.workspace)
         if lent > 0:
-            where += f", {lent:,} of them when no prompt is being read"
+            where += f", {lent:,} of them lent to prompts while they are read"
         if on_disk > 0:
             where += f" | {on_disk:,} stay on disk ({size(on_disk * n.record)})"
         return (

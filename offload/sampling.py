@@ -1,4 +1,8 @@
-"""Choosing the next token: transformers' own logits processors, the model's own defaults."""
+"""Choosing the next token by the rules of transformers' logits processors, in their order.
+
+The processors themselves sort the whole vocabulary for `top_p`, which is 9 to 16 ms a token for 151,936 of them: a
+fifth of what all else takes. Here only what can still be chosen is sorted.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers.generation.logits_process import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from .errors import DataError, UsageError, require_known
 
@@ -87,21 +84,8 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling, seen: list[int]) -> None:
-        self._greedy = sampling.temperature == 0
-        self._seen = list(seen)
-        self._penalised = sampling.repetition_penalty != 1.0
-        self._processors = LogitsProcessorList()
-        if self._penalised:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-        if not self._greedy:
-            if sampling.temperature != 1.0:
-                self._processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-            if sampling.top_k:
-                self._processors.append(TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p < 1.0:
-                self._processors.append(TopPLogitsWarper(float(sampling.top_p)))
-            if sampling.min_p > 0.0:
-                self._processors.append(MinPLogitsWarper(float(sampling.min_p)))
+        self._rules = sampling
+        self._seen = set(seen)
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -110,17 +94,45 @@ class Sampler:
 
     def choose(self, logits: torch.Tensor) -> int:
         """The next token for logits [vocabulary]. Raises DataError when they are not finite."""
-        if not torch.isfinite(logits).any() or torch.isnan(logits).any():
+        ids, weights = self.candidates(logits)
+        if len(ids) == 1:
+            token = int(ids[0])
+        else:
+            reached = torch.from_numpy(weights).cumsum(0, dtype=torch.float64).numpy()  # a tenth of numpy's time
+            drawn = torch.rand((), generator=self._generator, dtype=torch.float64).item() * reached[-1]
+            token = int(ids[min(np.searchsorted(reached, drawn, side="right"), len(ids) - 1)])
+        self._seen.add(token)
+        return token
+
+    def candidates(self, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that may follow, int64 [n], and how likely they are, float32 [n], the likeliest 1."""
+        rules = self._rules
+        scores = logits.float().numpy()
+        if not np.isfinite(scores.max()):
             raise DataError(
                 "the model's output is not a number (NaN); its weights are damaged or beyond the range of their dtype"
             )
-        scores = logits.float()[None]
-        if self._processors:
-            ids = torch.tensor([self._seen]) if self._penalised else torch.empty(1, 0, dtype=torch.long)
-            scores = self._processors(ids, scores)  # type: ignore[arg-type]
-        if self._greedy:
-            token = int(scores.argmax())
-        else:
-            token = int(torch.multinomial(torch.softmax(scores[0], -1), 1, generator=self._generator))
-        self._seen.append(token)
-        return token
+        if rules.repetition_penalty != 1.0 and self._seen:
+            seen = np.fromiter(self._seen, np.int64, len(self._seen))
+            before, scores = scores[seen], scores.copy()
+            scores[seen] = np.where(before < 0, before * rules.repetition_penalty, before / rules.repetition_penalty)
+        if rules.temperature == 0:
+            return np.array([scores.argmax()]), np.ones(1, np.float32)
+        ids = np.arange(len(scores))
+        if 0 < rules.top_k < len(scores):
+            ids = np.flatnonzero(scores >= np.partition(scores, -rules.top_k)[-rules.top_k])
+            scores = scores[ids]
+        with np.errstate(over="ignore"):
+            weights = np.exp((scores - scores.max()) / np.float32(rules.temperature))
+        if rules.top_p < 1:
+            total = weights.sum(dtype=np.float64)
+            # Together, those below this weight are less than what top_p leaves out: they need not be sorted.
+            above = np.flatnonzero(weights >= (1 - rules.top_p) * total / len(weights))
+            order = above[np.argsort(-weights[above], kind="stable")]
+            likelier = np.cumsum(weights[order], dtype=np.float64) - weights[order]
+            kept = order[likelier < rules.top_p * total]
+            ids, weights = ids[kept], weights[kept]
+        if rules.min_p > 0:
+            kept = weights >= rules.min_p
+            ids, weights = ids[kept], weights[kept]
+        return ids, weights

@@ -10,6 +10,14 @@ from pocketmoe.offload.generate import Sequence, TextStream
 from pocketmoe.offload.loading import load
 from pocketmoe.offload.model import Model
 from pocketmoe.offload.sampling import Sampler, Sampling, read_generation_config
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +175,46 @@ def test_filters_leave_only_likely_tokens(options):
     logits = torch.tensor([5.0, 4.8, -1.0, -2.0, -3.0])
     sampler = Sampler(Sampling(temperature=1.0, seed=0, **options), [])
     assert {sampler.choose(logits) for _ in range(50)} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.2},
+        {"top_k": 7},
+        {"top_p": 0.3, "temperature": 1.7},
+        {"top_p": 0.97},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 1.2, "temperature": 0.7, "top_k": 40, "top_p": 0.8, "min_p": 0.02},
+    ],
+)
+def test_what_may_follow_and_how_likely_it_is_are_those_of_transformers(options):
+    generator, seen = torch.Generator().manual_seed(5), [3, 9, 9, 400]
+    rules = Sampling(**options)
+    processors = LogitsProcessorList()
+    processors.append(RepetitionPenaltyLogitsProcessor(rules.repetition_penalty))
+    processors.append(TemperatureLogitsWarper(rules.temperature))
+    if rules.top_k:
+        processors.append(TopKLogitsWarper(rules.top_k))
+    processors.append(TopPLogitsWarper(rules.top_p))
+    processors.append(MinPLogitsWarper(rules.min_p))
+    for spread in (0.1, 1.0, 4.0, 30.0):
+        logits = torch.randn(1003, generator=generator) * spread
+        want = torch.softmax(processors(torch.tensor([seen]), logits.clone()[None])[0], -1)  # type: ignore[arg-type]
+        ids, weights = Sampler(rules, seen).candidates(logits)
+        got = torch.zeros(1003)
+        got[torch.from_numpy(ids)] = torch.from_numpy(weights / weights.sum())
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    sampler = Sampler(Sampling(seed=3, temperature=0.5), [])
+    logits = torch.tensor([1.0, 0.0, -torch.inf, 0.5])
+    drawn = torch.bincount(torch.tensor([sampler.choose(logits) for _ in range(4000)]), minlength=4) / 4000
+    assert (drawn - torch.softmax(logits / 0.5, 0)).abs().max() < 0.03  # four standard deviations
+    assert Sampler(Sampling(temperature=1e-38), []).choose(logits) == 0
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_prompts_borrow_their_workspace_from_the_slots():
     assert plan.slots == 240
     assert plan.slots_beside(needs.step) == plan.slots
     assert plan.slots_beside(200 * MB) == 150
-    assert "90 of them when no prompt is being read" in str(plan)
+    assert "90 of them lent to prompts while they are read" in str(plan)
     with pytest.raises(MemoryBudgetError):  # the floor has to fit beside a prompt, too
         make_plan(needs, 810 * MB)
     assert make_plan(needs, 820 * MB).slots_beside(200 * MB) == needs.floor
