@@ -89,13 +89,16 @@ def advise(run: RunStats, disk: DiskSpeed | None, also: Iterable[int] = ()) -> A
         return 1 / seconds_per_token(replays.requests, misses, replays.layers, costs)
 
     predicted = predict(now)
+    budget = run.ram_budget_bytes
+    needed = min(budget, run.peak_rss_bytes) if budget and run.peak_rss_bytes and slots >= total else budget
+    # A budget that holds all experts may be far larger than what they take.
 
     def setting(name: str, size: int) -> Setting:
         present = (name, size) == (policy, slots)
         misses = now if present else replays.misses(name, size)
-        budget = run.ram_budget_bytes and run.ram_budget_bytes + (size - slots) * run.record_bytes
+        ram = budget if present else needed and needed + (size - slots) * run.record_bytes
         speed = measured * predict(misses) / predicted
-        return Setting(name, size, budget, 1 - sum(misses) / requests, speed, present)
+        return Setting(name, size, ram, 1 - sum(misses) / requests, speed, present)
 
     least = replays.layers * replays.floor
     sizes = {min(total, max(least, int(slots * size))) for size in SIZES} | {slots, total, *also}

@@ -12,11 +12,19 @@ from rich.style import Style
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from .sections import Bar, HeatMap, Section, Table, printable
+from .sections import Bar, HeatMap, Section, Table, printable, unbroken
 
-_GLYPHS = {"time": "█", "hit": "█", "ahead": "▓", "late": "▒", "miss": "░"}
-_ASCII_GLYPHS = {"time": "#", "hit": "#", "ahead": "+", "late": "-", "miss": "."}
-_COLOURS = {"time": "cyan", "hit": "green", "ahead": "blue", "late": "yellow", "miss": "red"}
+_GLYPHS = {"gap": " ", "wait": "▓", "time": "█", "hit": "█", "ahead": "▓", "late": "▒", "miss": "░"}
+_ASCII_GLYPHS = {"gap": " ", "wait": "▓", "time": "#", "hit": "#", "ahead": "+", "late": "-", "miss": "."}
+_COLOURS = {
+    "gap": "",
+    "wait": "yellow",
+    "time": "cyan",
+    "hit": "green",
+    "ahead": "blue",
+    "late": "yellow",
+    "miss": "red",
+}
 _NAMES = {"hit": "hit", "ahead": "hit thanks to prefetch", "late": "late", "miss": "missed"}
 _RAMP = " .:-=+*#%@"
 _RAMP_COLOURS = ("default", *(f"color({n})" for n in (17, 18, 19, 20, 26, 32, 38, 44, 50)))
@@ -40,23 +48,31 @@ def as_text(sections: Sequence[Section], width: int = 80, colour: bool = False, 
     )
     glyphs = _ASCII_GLYPHS if ascii_only else _GLYPHS
     for number, section in enumerate(sections):
-        console.print(Group(*_section(section, console.width, glyphs, lead=number == 0)))
-    text = "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        console.print(Group(*_section(section, console.width, glyphs, colour, lead=number == 0)))
+    text = "\n".join(line.rstrip() for line in out.getvalue().replace("\N{NO-BREAK SPACE}", " ").splitlines())
     return text.encode("ascii", "replace").decode() if ascii_only else text
 
 
-def _section(section: Section, width: int, glyphs: dict[str, str], lead: bool) -> Iterable[RenderableType]:
+def _section(
+    section: Section, width: int, glyphs: dict[str, str], colour: bool, lead: bool
+) -> Iterable[RenderableType]:
     if not lead:
         yield Text()
     yield Text(printable(section.title), style="bold")
     for i, line in enumerate(section.lines):
-        yield Padding(Text(printable(line), style="bold" if lead and i == 0 else ""), (0, 0, 0, 2))
+        yield _prose(line, "bold" if lead and i == 0 else "")
+        if i == 0 and section.facts:
+            yield _prose(", ".join(f"{name} {value}" for name, value in section.facts))
     if section.table is not None:
         yield Padding(_table(section.table, width - 2, glyphs), (0, 0, 0, 2))
     if section.heat is not None:
-        yield from _heat(section.heat, width - 2)
+        yield from _heat(section.heat, width - 2, colour)
     for line in section.notes:
-        yield Padding(Text(printable(line), style="dim"), (0, 0, 0, 2))
+        yield _prose(line, "dim")
+
+
+def _prose(text: str, style: str = "") -> RenderableType:
+    return Padding(Text(unbroken(printable(text)), style=style), (0, 0, 0, 2))
 
 
 def _table(table: Table, width: int, glyphs: dict[str, str]) -> RenderableType:
@@ -90,26 +106,29 @@ def _bar(bar: Bar, room: int, glyphs: dict[str, str]) -> Text:
     return text
 
 
-def _heat(heat: HeatMap, width: int) -> Iterable[RenderableType]:
-    """A character for each expert; where they are too many for a row, for a few side by side."""
-    columns = max(map(len, heat.values), default=0)
+def _heat(heat: HeatMap, width: int, colour: bool) -> Iterable[RenderableType]:
+    """A character for each expert, layers one way and experts the other, the longer one across; where they are too
+    many for a row, a character for a few side by side."""
+    layers, experts = len(heat.counts), max(map(len, heat.counts))
+    across = layers > experts
+    columns, rows = (layers, experts) if across else (experts, layers)
     room = width - _LABEL - 2
     per_cell = max(1, -(-columns // room))
     styles = [Style.parse(colour) for colour in _RAMP_COLOURS]
-    marked = [style + Style(underline=True) for style in styles]
-    segments = [Segment("  " + f"{heat.row_name:>{_LABEL - 1}} "), Segment(f"{heat.column_name}s 0 to {columns - 1}\n")]
-    for row, values in enumerate(heat.values):
+    held = [style + Style(underline=True) for style in styles]
+    down_name, across_name = ("expert", "layer") if across else ("layer", "expert")
+    segments = [Segment(f"  {down_name:>{_LABEL - 1}} "), Segment(f"{across_name}s 0 to {columns - 1}\n")]
+    for row in range(rows):
         segments.append(Segment(f"  {row:>{_LABEL - 1}} "))
-        for first in range(0, len(values), per_cell):
-            level = _level(max(values[first : first + per_cell]))
-            inside = not heat.marked[row].isdisjoint(range(first, first + per_cell))
-            segments.append(Segment(_RAMP[level], (marked if inside else styles)[level]))
+        for first in range(0, columns, per_cell):
+            group = range(first, min(columns, first + per_cell))
+            cells = [(column, row) if across else (row, column) for column in group]
+            level = heat.level(max(heat.counts[layer][expert] for layer, expert in cells), len(_RAMP) - 1)
+            inside = heat.resident is not None and any(expert in heat.resident[layer] for layer, expert in cells)
+            segments.append(Segment(_RAMP[level], (held if inside else styles)[level]))
         segments.append(Segment("\n"))
     yield Segments(segments)
-    several = f"; a character stands for {per_cell} {heat.column_name}s" if per_cell > 1 else ""
-    yield Padding(Text(f"from none to the most: '{_RAMP}'{several}", style="dim"), (0, 0, 0, 2))
-
-
-def _level(value: float) -> int:
-    """0 only for nothing at all."""
-    return min(len(_RAMP) - 1, 1 + int(value * (len(_RAMP) - 1))) if value > 0 else 0
+    several = f"; a character stands for {per_cell} {across_name}s" if per_cell > 1 else ""
+    underlined = "; underlined: in a slot at the end" if colour and heat.resident is not None else ""
+    key = f"from never to most often: '{_RAMP}'{several}{underlined}"
+    yield _prose(key, "dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from .verdict import worthwhile
 
 MOST_ROWS = 24
 """Of a table by layers; more layers share rows."""
+_UNIT = re.compile(r"(?<=[\d.]) (?=(?:%|s|ms|tokens/s|[kMGT]?B(?:/s)?)(?!\w))")
 _FINISH = {"stop": "end", "length": "max tokens", "context": "context full"}
 
 Bar = tuple[tuple[str, float], ...]
-"""Segments one after the other, each of a kind ("time", "hit", "ahead", "late", "miss") and a share of the whole."""
+"""Segments one after the other, each of a kind and a share of the whole. Kinds: "hit", "ahead", "late", "miss", of a
+token's time "wait" and "time", and "gap" for nothing."""
 Report = Mapping[str, Any]
 
 
@@ -32,19 +35,40 @@ class Table:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Shares of the highest value, 0 to 1, [rows][columns]; `marked` are the columns of a row that stand out."""
+    """Counts by layer and expert, and who of each layer is in a slot, where that is known."""
 
-    values: tuple[tuple[float, ...], ...]
-    marked: tuple[frozenset[int], ...]
-    row_name: str
-    column_name: str
+    counts: tuple[tuple[int, ...], ...]
+    resident: tuple[frozenset[int], ...] | None
+
+    @property
+    def highest(self) -> int:
+        return max(map(max, self.counts))
+
+    def level(self, count: int, levels: int) -> int:
+        """0 for never, then 1 to `levels`: by the root, because a few experts are asked for far more than the rest."""
+        return min(levels, 1 + int((count / self.highest) ** 0.5 * levels)) if count else 0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points from left to right, with words for each; the one `at` is the present setting."""
+
+    title: str
+    points: tuple[tuple[float, float], ...]
+    places: tuple[str, ...]
+    values: tuple[str, ...]
+    at: int
 
 
 @dataclass(frozen=True)
 class Section:
     title: str
+    facts: tuple[tuple[str, str], ...] = ()
+    """Names and values."""
     lines: tuple[str, ...] = ()
     """Above the table or the map."""
+    curves: tuple[Curve, ...] = ()
+    """Of what the table says, for whoever can draw them."""
     table: Table | None = None
     heat: HeatMap | None = None
     notes: tuple[str, ...] = ()
@@ -72,33 +96,40 @@ def summary(report: Report) -> list[Section]:
 
 
 def _headline(report: Report) -> Section:
-    speed, sample = report["speed"], report["sample"]
-    parts = [
-        f"{_rate(speed['tokens_per_second'])}",
-        f"first token after {_time_of(speed['time_to_first_token_s'])}",
-        f"prompt {_rate(speed['prompt_tokens_per_second'])}",
-        f"hits {_percent(speed['hit_rate'])}",
+    speed, sample, memory = report["speed"], report["sample"], report["memory"]
+    split = report["time_per_token"]
+    facts = [
+        ("speed", _rate(speed["tokens_per_second"])),
+        ("hits", _percent(speed["hit_rate"])),
+        ("waiting", _percent(split and split["parts"][0]["share"], 0)),
+        ("first token", _time_of(speed["time_to_first_token_s"])),
+        ("prompt", _rate(speed["prompt_tokens_per_second"])),
     ]
-    if speed["finish_reason"]:
-        parts.append(f"ended by {_FINISH.get(speed['finish_reason'], speed['finish_reason'])}")
-    misses = sum(tier["misses"] for tier in report["tiers"][-1:])
+    if memory["peak_bytes"] and memory["budget_bytes"]:
+        facts.append(("memory", f"{format_bytes(memory['peak_bytes'])} of {format_bytes(memory['budget_bytes'])}"))
+    ended = speed["finish_reason"] and f", ended by {_FINISH.get(speed['finish_reason'], speed['finish_reason'])}"
+    requests = report["tiers"][0]["requests"]
     counted = (
-        f"Counted: {sample['answer_tokens']:,} tokens of {_plural(sample['prompts'], 'answer')}, "
-        f"{sample['prompt_tokens']:,} of prompts; warm-up included: {sample['first_reads']:,} of "
-        f"{misses:,} misses were first requests."
+        f"Counted: {_plural(sample['answer_tokens'], 'token')} of {_plural(sample['prompts'], 'answer')}{ended or ''}; "
+        f"{sample['prompt_tokens']:,} of prompts. Warm-up included: {sample['first_reads']:,} of {requests:,} requests "
+        "were the first for their expert."
     )
-    return Section(report["model"] or "unknown model", (report["verdict"], ", ".join(parts), counted))
+    return Section(report["model"] or "unknown model", tuple(facts), (report["verdict"], counted))
 
 
 def _time(report: Report) -> list[Section]:
     split = report["time_per_token"]
     if split is None:
         return []
-    parts = split["parts"]
-    rows = tuple((PARTS[p["name"]], f"{1000 * p['seconds']:.2f}", _percent(p["share"], 0)) for p in parts)
+    rows, bars, before = [], list[Bar](), 0.0
+    for part in split["parts"]:
+        share = part["share"] or 0.0
+        rows.append((PARTS[part["name"]], f"{1000 * part['seconds']:.2f}", _percent(part["share"], 0)))
+        bars.append((("gap", before), ("wait" if part["name"] == "waiting" else "time", share)))
+        before += share
     whole = ("a token", f"{1000 * split['seconds']:.2f}", "100 %")
-    bars: tuple[Bar, ...] = (*((("time", p["share"] or 0.0),) for p in parts), ())
-    return [Section("Where the time of an answer goes", table=Table(("", "ms", "share"), (*rows, whole), bars))]
+    table = Table(("", "ms", "share"), (*rows, whole), (*bars, ()))
+    return [Section("Where the time of an answer goes", table=table)]
 
 
 def _links(report: Report) -> Section:
@@ -151,21 +182,21 @@ def _layers(tier: Mapping[str, Any]) -> Section:
     held = ""
     if slots and experts:
         size = format_bytes(slots * tier["record_bytes"])
-        held = f"{slots:,} of {experts:,} experts fit ({min(1.0, slots / experts):.0%}, {size}). "
+        held = f"{slots:,} of {experts:,} experts fit ({_percent(min(1.0, slots / experts), 0)}, {size}). "
     whole = (
         f"{held}{_percent(tier['hit_rate'])} of {tier['requests']:,} requests found theirs there, prompts included; "
         f"{tier['prefetch_hits']:,} thanks to prefetch. Of {tier['misses']:,} misses {tier['late']:,} were on their "
         "way."
     )
-    columns = ("layer", "hit %", "ahead", "late", "missed")
-    return Section(f"Hits in {tier['name']}, by layer", (whole,), Table(columns, tuple(rows), tuple(bars)))
+    columns = ("layer", "hit %", "ahead %", "late %", "missed %")
+    return Section(f"Hits in {tier['name']}, by layer", lines=(whole,), table=Table(columns, tuple(rows), tuple(bars)))
 
 
 def _prefetch(report: Report) -> Section:
     found = report["prefetch"]
     lines = [found["state"]] if found["state"] else []
     if not found["issued"]:
-        return Section("Prefetch", (*lines, "Nothing was read ahead."))
+        return Section("Prefetch", lines=(*lines, "Nothing was read ahead."))
     kinds = ("useful", "late", "wasted", "cancelled")
     meaning = ("there when it was chosen", "chosen while on its way", "never chosen", "withdrawn before it was read")
     rows = tuple(
@@ -178,20 +209,17 @@ def _prefetch(report: Report) -> Section:
         f"Wasted: {format_bytes(found['wasted_bytes'])}, {_percent(found['wasted_share'], 0)} of all that was read.",
     )
     columns = (f"{found['issued']:,} guesses", "count", "share")
-    return Section("Prefetch", tuple(lines), Table(columns, rows), notes=notes)
+    return Section("Prefetch", lines=tuple(lines), table=Table(columns, rows), notes=notes)
 
 
 def _experts(report: Report) -> list[Section]:
     requests, resident = report["experts"]["requests"], report["experts"]["resident"]
     if not any(map(any, requests)):
         return []
-    highest = max(map(max, requests))
-    values = tuple(tuple(count / highest for count in layer) for layer in requests)
-    marked = tuple(frozenset(layer) for layer in resident) if resident else (frozenset(),) * len(values)
-    unused = sum(count == 0 for layer in requests for count in layer)
-    where = "; underlined or framed: in a slot at the end" if resident else ""
-    line = f"Requests for each expert, the highest {highest:,}; {unused:,} experts were never asked for{where}."
-    return [Section("Use of the experts", (line,), heat=HeatMap(values, marked, "layer", "expert"))]
+    counts, slots = tuple(map(tuple, requests)), resident and tuple(map(frozenset, resident))
+    unused = sum(count == 0 for layer in counts for count in layer)
+    line = f"How often each expert was asked for, at most {max(map(max, counts)):,} times; {unused:,} never were."
+    return [Section("Use of the experts", lines=(line,), heat=HeatMap(counts, slots))]
 
 
 def _replayed(what_if: Mapping[str, Any]) -> str:
@@ -212,12 +240,12 @@ def _policies(report: Report) -> list[Section]:
             _percent(s["hit_rate"]),
             "" if s is present else f"{100 * (s['hit_rate'] - present['hit_rate']):+.1f}",
             f"{s['tokens_per_second']:.1f}",
-            "" if s is present else f"{s['tokens_per_second'] / present['tokens_per_second'] - 1:+.0%}",
+            "now" if s is present else _gain(s, present),
         )
         for s in what_if["policies"]
     ]
     columns = (f"policy, {present['slots']:,} slots", "hits", "points", "tokens/s", "")
-    return [Section("Beside other policies", (_replayed(what_if),), Table(columns, tuple(rows), strong=0))]
+    return [Section("Beside other policies", lines=(_replayed(what_if),), table=Table(columns, tuple(rows), strong=0))]
 
 
 def _budgets(report: Report) -> list[Section]:
@@ -226,7 +254,7 @@ def _budgets(report: Report) -> list[Section]:
         return []
     settings = what_if["budgets"]
     at = next(i for i, setting in enumerate(settings) if setting["present"])
-    now = settings[at]["tokens_per_second"]
+    now, experts = settings[at], report["tiers"][-1]["experts"]
     rows = [
         (
             f"--ram {as_option(s['ram_budget_bytes'])}" if s["ram_budget_bytes"] else "",
@@ -234,22 +262,32 @@ def _budgets(report: Report) -> list[Section]:
             _percent(s["hit_rate"]),
             _percent(1 - s["hit_rate"]),
             f"{s['tokens_per_second']:.1f}",
-            "now" if s["present"] else f"{s['tokens_per_second'] / now - 1:+.0%}",
+            "now" if s is now else _gain(s, now),
         )
         for s in settings
     ]
     bars: tuple[Bar, ...] = tuple((("hit", s["hit_rate"]), ("miss", 1 - s["hit_rate"])) for s in settings)
+    places = tuple(
+        f"{_percent(s['slots'] / experts, 0)} of the experts, {row[0] or 'slots ' + row[1]}"
+        for s, row in zip(settings, rows, strict=True)
+    )
+    shares = [s["slots"] / experts for s in settings]
+    misses = tuple((share, 1 - s["hit_rate"]) for share, s in zip(shares, settings, strict=True))
+    speeds = tuple((share, s["tokens_per_second"]) for share, s in zip(shares, settings, strict=True))
+    curves = (
+        Curve("misses, % of requests", tuple((x, 100 * y) for x, y in misses), places, tuple(r[3] for r in rows), at),
+        Curve("tokens/s", speeds, places, tuple(r[4] for r in rows), at),
+    )
     choice = worthwhile(report)
     error = what_if["predicted"] / what_if["measured"] - 1
     notes = (
         f"{choice[0].upper()}{choice[1:]}." if choice else "No larger budget would gain a tenth.",
         f"The model behind this gives {what_if['predicted']:.1f} tokens/s for the present setting, measured were "
-        f"{what_if['measured']:.1f} ({error:+.0%}); the others are corrected by that.",
+        f"{what_if['measured']:.1f} ({_signed(error)}); the others are corrected by that.",
     )
     columns = ("budget", "slots", "hits", "misses", "tokens/s", "")
-    return [
-        Section("Other budgets", (_replayed(what_if),), Table(columns, tuple(rows), bars, strong=at), notes=notes),
-    ]
+    table = Table(columns, tuple(rows), bars, strong=at)
+    return [Section("Other budgets", lines=(_replayed(what_if),), curves=curves, table=table, notes=notes)]
 
 
 def _setup(report: Report) -> Section:
@@ -259,7 +297,7 @@ def _setup(report: Report) -> Section:
     ]
     named = [f"{name} {settings[name]}" for name in ("codec", "policy", "io", "kernels") if settings[name]]
     lines = [f"memory of the process: {', '.join(parts)}"] if parts else []
-    return Section("Setup", (*lines, *([", ".join(named)] if named else [])))
+    return Section("Setup", lines=(*lines, *([", ".join(named)] if named else [])))
 
 
 def _plural(count: int, noun: str) -> str:
@@ -278,6 +316,14 @@ def _time_of(seconds: float | None) -> str:
     return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:,.0f} s"
 
 
+def _gain(setting: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return _signed(setting["tokens_per_second"] / now["tokens_per_second"] - 1)
+
+
+def _signed(share: float) -> str:
+    return f"{round(100 * share):+d} %"
+
+
 def _percent(share: float | None, digits: int = 1) -> str:
     return "-" if share is None else f"{share * 100:.{digits}f} %"
 
@@ -285,3 +331,8 @@ def _percent(share: float | None, digits: int = 1) -> str:
 def printable(text: str) -> str:
     """`text` on one line without control characters: names come from files."""
     return "".join(c if c.isprintable() else " " for c in text)
+
+
+def unbroken(text: str) -> str:
+    """`text` with no place for a line to end between a number and its unit."""
+    return _UNIT.sub("\N{NO-BREAK SPACE}", text)

@@ -86,7 +86,8 @@ class SelfTest:
         if self.gain is None:
             return None
         times = f"{self.tests} test{'' if self.tests == 1 else 's'} on and off"
-        found = f"{abs(self.gain):.0%} of a token's time {'saved' if self.gain >= 0 else 'lost'} by it in the latest"
+        share = f"{100 * abs(self.gain):.0f} %"
+        found = f"{share} of a token's time {'saved' if self.gain >= 0 else 'lost'} by it in the latest"
         return f"{'On' if self._on else 'Switched itself off'} after {times}: {found}."
 
 

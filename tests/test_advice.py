@@ -49,6 +49,16 @@ def test_more_slots_hit_more_and_all_of_them_leave_nothing_to_miss():
     assert (found.budgets[-1].slots, rates[-1]) == (LAYERS * EXPERTS, 1.0)
 
 
+def test_where_all_experts_fit_smaller_budgets_count_from_what_is_used_and_not_from_what_is_allowed():
+    run = a_run(slots=LAYERS * EXPERTS)
+    run.ram_budget_bytes, run.peak_rss_bytes = 10**12, 10**9
+    found = advise(run, DISK)
+    assert found is not None
+    *smaller, present = found.budgets
+    assert present.ram_budget_bytes == 10**12
+    assert [s.ram_budget_bytes for s in smaller] == [10**9 - (LAYERS * EXPERTS - s.slots) * RECORD for s in smaller]
+
+
 def test_no_policy_is_better_than_the_optimum_and_lru_is_not_shown_twice():
     found = advice(policy="fifo")
     assert [setting.policy for setting in found.policies] == ["fifo", "lru", "belady"]

@@ -76,7 +76,7 @@ def test_json_prints_one_object_with_the_promised_keys_and_nothing_else(models):
     assert result.exit_code == 0
     assert not set(KEYS.split()) - answer.keys()
     assert (answer["text"], answer["finish_reason"], answer["model"]) == (fakes_cli.EVIL, "stop", "fake")
-    assert "Counted: 1 tokens of 1 answer" in result.stderr
+    assert "Counted: 1 token of 1 answer" in result.stderr
 
 
 def test_thoughts_go_to_stderr_or_are_hidden_and_the_json_holds_both(models):
@@ -278,12 +278,12 @@ def test_stats_prints_the_report_of_the_last_run_or_of_a_file_as_text_json_or_ht
     path = tmp_path / "last-run.json"
     monkeypatch.setattr(stats_command, "last_run_path", lambda: path)
     fakes_cli.FakeModel("fake", {}).stats().save(path)
-    assert "2 tokens were generated" not in invoke("stats").stdout
+    assert "(2 of 200 tokens)" not in invoke("stats").stdout
     other = fakes_cli.FakeModel("fake", {})
     list(other.stream("two words"))
     other.stats().save(tmp_path / "other.json")
     text = invoke("stats", str(tmp_path / "other.json")).stdout
-    assert "2 tokens were generated" in text
+    assert "(2 of 200 tokens)" in text
     assert "\x1b" not in text
     assert json.loads(invoke("stats", "--json").stdout)["format"] == "pocketmoe-report"
     page = tmp_path / "report.html"

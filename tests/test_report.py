@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
-from fakes_run import COSTS, DISK, EXPERTS, LAYERS, RECORD, a_run
+from fakes_run import COSTS, DISK, LAYERS, RECORD, a_run
+from pocketmoe.cache.charts import LEVELS
 from pocketmoe.cache.device_stats import DeviceStats
 from pocketmoe.cache.expert import ExpertId, Lookup
 from pocketmoe.cache.report import report
 from pocketmoe.cache.report_html import as_html
 from pocketmoe.cache.report_text import as_text
-from pocketmoe.cache.sections import HeatMap, Section, sections, summary
+from pocketmoe.cache.sections import Section, sections, summary
 from pocketmoe.cache.stats import RunStats
 
 EVIL = "</script><img src=x onerror=alert(1)>\x1b[2J\n\"'&"
@@ -166,10 +169,10 @@ def test_a_links_use_is_its_speed_while_busy_beside_the_measured_peak():
 @pytest.mark.parametrize(
     ("options", "bound_by", "words"),
     [
-        ({"tokens": 199}, None, ("Not enough data", "199 tokens", "200")),
-        ({}, "disk", ("The disk is the limit", "1.0 GB/s", "--ram 1060MB (+12 MB)", "tokens/s (+")),
-        ({"slots": 64}, "compute", ("Compute is the limit", "3% of a token's time is waiting", "48% goes into")),
-        ({"skew": 0.3, "policy": "lfu", "slots": 12}, "disk", ("--ram",)),
+        ({"tokens": 199}, None, ("Not enough data", "(199 of 200 tokens)")),
+        ({}, "disk", ("Compute and the disk share the limit", "1.0 GB/s", "--ram 1060MB (+12 MB)", " instead of ")),
+        ({"slots": 64}, "compute", ("Compute is the limit", "3 % of a token's time is waiting", "48 % goes into")),
+        ({"skew": 0.3, "policy": "lfu", "slots": 12}, "disk", ("The disk is the limit", "--ram")),
         ({"skew": 2.0, "policy": "fifo"}, "policy", ("fifo hits", "--policy lru")),
     ],
 )
@@ -186,15 +189,22 @@ def test_the_verdict_names_what_bounds_the_speed_and_what_to_do(options, bound_b
 def test_a_link_far_below_its_peak_is_blamed_for_late_reads():
     found = report(a_run(), DISK._replace(bytes_per_s=4e9))
     assert found["bound_by"] == "latency"
-    assert "Late reads" in found["verdict"]
+    assert "late reads share the limit" in found["verdict"]
     assert "of the 4.0 GB/s that it can give" in found["verdict"]
+
+
+def test_slow_kernels_are_blamed_before_the_memory():
+    run = a_run(slots=64)
+    run.kernels = "torch"
+    assert report(run, DISK)["verdict"].endswith("native kernels would, and pocketmoe doctor says why there are none.")
 
 
 def test_below_200_tokens_nothing_is_replayed_and_the_counts_are_shown_all_the_same():
     text = as_text(sections(report(a_run(100), DISK)))
     assert "Not enough data" in text
     assert "Other budgets" not in text
-    assert "Counted: 100 tokens of 1 answer, 10 of prompts" in text
+    assert "Counted: 100 tokens of 1 answer, ended by end; 10 of prompts." in text
+    assert "so far 4" in text and "of a token's time is waiting for reads" in " ".join(text.split())
 
 
 def test_an_empty_run_still_prints():
@@ -235,9 +245,9 @@ def test_the_text_has_every_block():
         "useful: there when it was chosen           160   40 %",
         "Wasted: 160 MB",
         "measured",
-        "24 of 64 experts fit (38%, 48 MB)",
+        "24 of 64 experts fit (38 %, 48 MB)",
         "after 200 of warm-up",
-        "warm-up included: 64 of",
+        "Warm-up included: 64 of 3,192",
     ):
         assert fact in text
     assert "now" in text
@@ -271,7 +281,7 @@ def test_many_layers_share_rows_and_many_experts_share_cells():
     text = as_text(found)
     assert "a character stands for 4 experts" in text
     row = next(line for line in text.splitlines() if line.strip().startswith("0 @"))
-    assert row.split()[1] == "@" + 63 * "."
+    assert row.split()[1] == "@" + 63 * "-"
 
 
 class _Page(HTMLParser):
@@ -280,10 +290,16 @@ class _Page(HTMLParser):
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.text = ""
+        self.open: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += attrs
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -292,6 +308,10 @@ class _Page(HTMLParser):
 def parsed(html: str) -> _Page:
     page = _Page()
     page.feed(html)
+    page.close()
+    assert page.open == []
+    for drawing in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        ElementTree.fromstring(drawing)
     return page
 
 
@@ -325,10 +345,16 @@ def test_the_map_of_a_large_model_stays_small_and_frames_who_is_resident():
     html = as_html(sections(report(wide_run(48, 128), replays=False)))
     assert len(html) < 150_000
     page = parsed(html)
-    drawn = [value or "" for name, value in page.attributes if name == "d"]
-    assert sum(path.count("M") for path in drawn[:-1]) == 48 * 128
-    assert drawn[-1].count("M") == 48
-    heat = next(s.heat for s in sections(report(wide_run(2, EXPERTS), replays=False)) if s.heat)
-    assert isinstance(heat, HeatMap)
-    assert heat.values[0][:2] == (1.0, 0.1)
-    assert heat.marked == (frozenset({1}),) * 2
+    drawn = {}
+    for path in re.findall(r'<path class="(ram|disk) l(\d)" d="([^"]*)"', html):
+        drawn[path[0], int(path[1])] = drawn.get((path[0], int(path[1])), 0) + path[2].count("M")
+    assert drawn == {("disk", LEVELS): 48, ("ram", 3): 48, ("disk", 3): 48 * 126}
+    assert "layer 3: 128 of 128 experts asked for, 1 in a slot at the end; most often 0 (10), 1 (1), 2 (1)" in page.text
+
+
+def test_a_curve_marks_the_present_setting_and_says_every_point_without_a_pointer():
+    html = as_html(sections(report(a_run(), DISK)))
+    assert html.count('class="point now"') == 2
+    assert html.count(">now ") == 2
+    titles = [line for line in parsed(html).text.split("\n") if " by share of the experts that fit. " in line]
+    assert len(titles) == 2 and all("38 % of the experts, --ram 1050MB:" in title for title in titles)
