@@ -19,6 +19,8 @@ MXFP4 = "mxfp4"
 _LOSSLESS_CODECS = ("bf16", "f16", "f32")
 KERNELS = ("auto", "native", "torch")
 KV_DTYPES = ("auto", "f16", "model")
+_TEXTS = ("device", "policy")
+_SWITCHES = ("deterministic", "prefetch", "warm_start", "verify")
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,16 @@ class OffloadConfig:
                 except ValueError as error:
                     raise UsageError(f"{name}: {error}") from None
         config = cls(**options)
+        for names, kind, what in ((_TEXTS, str, "a text"), (_SWITCHES, bool, "True or False")):
+            for name in names:
+                if not isinstance(value := getattr(config, name), kind):
+                    raise UsageError(f"{name} must be {what}, not {value!r}")
         for name, allowed in (("io", IO_MODES), ("kernels", KERNELS), ("kv", KV_DTYPES)):
             if getattr(config, name) not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")
         for name in ("context", "threads", "readers", "prefill_chunk", "slots", "vram_slots"):
             value = getattr(config, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} must be a positive whole number, not {value!r}")
         return config
 

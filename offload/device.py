@@ -8,6 +8,7 @@ in `pin` alone. `simulated_device.py` has the twin that tests run on.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
@@ -293,12 +294,29 @@ def default_device() -> str:
     return kind.type if kind is not None and kind.type in _QUEUED else "cpu"
 
 
+_RAN_OUT = re.compile(
+    r"""(?x) out.?of.?memory  # CUDA, HIP, XPU and MPS, by torch or by Triton; hipErrorOutOfMemory
+    | error.?memory.?allocation  # cudaErrorMemoryAllocation
+    | (blas|dnn|fft|solver|sparse).status.alloc.failed | rocblas.status.memory.error
+    | error.out.of.(device.memory|resources)  # of Level Zero's UR_RESULT and ZE_RESULT""",
+    re.IGNORECASE,
+)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether it says that a device's memory has run out: only some of torch's own calls have a type for it."""
+    known = isinstance(error, (DeviceMemoryError, torch.OutOfMemoryError))
+    return known or (isinstance(error, RuntimeError) and _RAN_OUT.search(str(error)) is not None)
+
+
 @contextlib.contextmanager
 def memory_errors(name: str) -> Iterator[None]:
-    """torch's error for memory that has run out, as ours."""
+    """An error of torch, a library or a driver for memory that has run out, as ours."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         raise DeviceMemoryError(f"{name} has run out of memory: {str(error).splitlines()[0]}") from None
 
 

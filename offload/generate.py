@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from ..cache.stats import RunStats
+from .device import ran_out
 from .errors import DeviceMemoryError, UsageError
 from .hf_families import STEPWISE
 from .kv_cache import announce_prompt, can_crop, new_kv_cache, take_back
@@ -56,7 +57,8 @@ class Sequence:
             what remains for torch is too small to share, and its idle threads would spin on the kernels' cores.
         lean: runs single tokens instead of the model's own modules; None = it cannot for this model.
         kv_dtype: what keys and values are kept in; None = the model's dtype.
-        free_memory: makes room on a device that has run out of memory; False when it cannot.
+        free_memory: makes room on a device that has run out of memory in a step of some tokens after those that are
+            cached; False when it cannot.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Sequence:
         step_threads: int | None = None,
         lean: LeanDecoder | None = None,
         kv_dtype: torch.dtype | None = None,
-        free_memory: Callable[[], bool] = lambda: False,
+        free_memory: Callable[[int, int], bool] = lambda tokens, cached: False,
     ) -> None:
         self._model, self.context, self._chunk = model, context, chunk
         self._step_threads, self._lean, self._kv_dtype = step_threads, lean, kv_dtype
@@ -137,17 +139,22 @@ class Sequence:
         """`_forward`, once more with fewer expert slots if a device runs out of memory."""
         try:
             return self._forward(ids, begin)
-        except (DeviceMemoryError, torch.OutOfMemoryError):
-            if begin == 0:
-                self._cache = self._new_cache()
-                announce_prompt(self._cache, len(ids))
-            elif not take_back(self._cache, begin):
-                raise DeviceMemoryError(_NO_MEMORY) from None
-            if not self._free_memory():
-                raise DeviceMemoryError(_NO_MEMORY) from None
+        except (DeviceMemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+        # Not while the error is handled: it holds the tensors of the step that failed.
+        if begin == 0:
+            self._cache = self._new_cache()
+            announce_prompt(self._cache, len(ids))
+        elif not take_back(self._cache, begin):
+            raise DeviceMemoryError(_NO_MEMORY)
+        if not self._free_memory(len(ids), begin):
+            raise DeviceMemoryError(_NO_MEMORY)
         try:
             return self._forward(ids, begin)
-        except (DeviceMemoryError, torch.OutOfMemoryError):
+        except (DeviceMemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
             raise DeviceMemoryError(_NO_MEMORY) from None
 
     def _forward(self, ids: list[int], begin: int) -> torch.Tensor:

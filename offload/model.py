@@ -330,11 +330,13 @@ class Model:
             self._slots = self._stats.slots = slots
             self._notice(f"memory grew beyond the plan: {slots:,} expert slots remain")
 
-    def _free_device_memory(self) -> bool:
-        """Something on the device has run out of memory: slots give way. False when none can."""
-        if self._on_device is None:
+    def _free_device_memory(self, tokens: int, cached: int) -> bool:
+        """A step of `tokens` after those that are cached has run out of the device's memory: slots give way. False
+        when none can."""
+        if self._on_device is None or self.vram_plan is None:
             return False
-        freed = self._on_device.shrink(-(-_OUT_OF_MEMORY_STEP // self._store.record_bytes))
+        asked = self._workspace.bytes(tokens, cached + tokens) + (0 if cached else self.vram_plan.needs.kv)
+        freed = self._on_device.shrink(-(-max(asked, _OUT_OF_MEMORY_STEP) // self._store.record_bytes))
         if freed:
             self._notice(f"the GPU's memory ran out: {self._on_device.cache.capacity:,} expert slots remain there")
         return freed > 0

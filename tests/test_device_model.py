@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -9,6 +11,7 @@ from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.config import OffloadConfig
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DeviceMemoryError, MemoryBudgetError, UsageError
+from pocketmoe.offload.kv_cache import can_crop
 from pocketmoe.offload.model import Model
 from pocketmoe.offload.simulated_device import SimulatedDevice, Speeds
 from pocketmoe.quant.triton_kernels import load_triton, why_missing
@@ -96,6 +99,30 @@ def test_memory_that_runs_out_once_costs_slots_and_changes_nothing(store):
                 assert torch.equal(a, b), at
     if "gpt_oss" not in str(store):
         assert tried and any("slots remain" in notice for notice in notices)
+
+
+def test_slots_give_way_to_all_that_the_failed_step_asked_for(store, monkeypatch):
+    notices: list[str] = []
+    with opened(store, SimulatedDevice(1, HASTY), deterministic=True) as model:
+        want = answer(model, 1)
+    config = OffloadConfig.of(kernels="torch", ram="4GB", context=128, prefill_chunk=16, deterministic=True)
+    with Model(store, config, on_notice=notices.append, device=SimulatedDevice(1, HASTY)) as model:
+        assert model.vram_plan is not None and model._on_device is not None
+        kv, asked, shrink = 1 << 30, [], model._on_device.shrink
+        model.vram_plan = replace(model.vram_plan, needs=model.vram_plan.needs._replace(kv=kv))
+        monkeypatch.setattr(model._on_device, "shrink", lambda slots: asked.append(slots) or shrink(1))
+        errors = [RuntimeError("CUDA error: out of memory"), None, RuntimeError("CUDA error: out of memory"), None]
+
+        def fail(*_: object) -> None:
+            if error := errors.pop(0) if errors else None:
+                raise error
+
+        model.transformers_model.register_forward_pre_hook(fail)
+        if can_crop(model.new_sequence()._cache):
+            assert all(map(torch.equal, answer(model, 1), want))
+            first, second = (count * model._store.record_bytes for count in asked)
+            assert first > kv > second >= 256 << 20
+            assert sum("slots remain" in notice for notice in notices) == 2
 
 
 def test_a_device_with_less_memory_than_planned_gets_fewer_slots_and_says_so(store):

@@ -80,7 +80,11 @@ def test_a_misspelt_option_names_the_right_one(store):
 
 
 @pytest.mark.parametrize(
-    "options", [{"ram": "lots"}, {"ram": "-1GB"}, {"context": 0}, {"io": "psychic"}, {"policy": "luck"}]
+    "options",
+    [
+        *({"ram": "lots"}, {"ram": "-1GB"}, {"context": 0}, {"io": "psychic"}, {"policy": "luck"}),
+        *({"vram": True}, {"vram_slots": True}, {"vram_slots": 2.0}, {"device": 0}, {"deterministic": "no"}),
+    ],
 )
 def test_option_values_that_make_no_sense_are_refused_by_name(store, options):
     with pytest.raises(UsageError, match=next(iter(options))):
