@@ -36,27 +36,20 @@ class DeviceStats:
         self.reset(layers)
 
     def reset(self, layers: int | None = None) -> None:
+        """Back to 0. Copies that are under way are not counted when they end."""
+        self._uncounted = 0 if layers else self.total("copied") + self.total("admitted") - self.copies
         self.per_layer = [DeviceLayerStats() for _ in range(layers or len(self.per_layer))]
         self.copies, self.copy_s = 0, 0.0
 
-    def record(self, layer: int, hits: int, requests: int) -> None:
-        counters = self.per_layer[layer]
-        counters.hits += hits
-        counters.requests += requests
-
-    def record_copied(self, layer: int, count: int) -> None:
-        self.per_layer[layer].copied += count
-
-    def record_cpu(self, layer: int, count: int, late: int = 0) -> None:
-        """The CPU computed `count` experts; `late` of them had been counted as hits, but had not arrived yet."""
-        self.per_layer[layer].on_cpu += count
-        self.per_layer[layer].hits -= late
-
-    def record_admitted(self, layer: int) -> None:
-        self.per_layer[layer].admitted += 1
+    def record(self, layer: int, more: DeviceLayerStats) -> None:
+        """A layer is through, with all its requests."""
+        self.per_layer[layer] = _sum(self.per_layer[layer], more)
 
     def record_copy(self, seconds: float) -> None:
         """A copy is over; it took the link that long."""
+        if self._uncounted:
+            self._uncounted -= 1
+            return
         self.copies += 1
         self.copy_s += seconds
 
@@ -65,9 +58,7 @@ class DeviceStats:
 
     def merge(self, other: DeviceStats) -> None:
         """Add the counters of a later run of the same model."""
-        for mine, more in zip(self.per_layer, other.per_layer, strict=True):
-            for f in fields(mine):
-                setattr(mine, f.name, getattr(mine, f.name) + getattr(more, f.name))
+        self.per_layer = [_sum(mine, more) for mine, more in zip(self.per_layer, other.per_layer, strict=True)]
         self.slots, self.link_peak = other.slots, other.link_peak
         self.copies += other.copies
         self.copy_s += other.copy_s
@@ -116,3 +107,7 @@ class DeviceStats:
         out.per_layer = [DeviceLayerStats(**{n: int(counters[n]) for n in names}) for counters in data["per_layer"]]
         out.copies, out.copy_s = data["copies"], data["copy_s"]
         return out
+
+
+def _sum(a: DeviceLayerStats, b: DeviceLayerStats) -> DeviceLayerStats:
+    return DeviceLayerStats(*(getattr(a, f.name) + getattr(b, f.name) for f in fields(a)))

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from ..cache.device_stats import DeviceStats
+from ..cache.device_stats import DeviceLayerStats, DeviceStats
 from ..cache.expert import ExpertId, Lookup
 from ..cache.hybrid import Measured, TierCosts, split_misses
 from ..cache.manager import ExpertCache
@@ -54,6 +54,7 @@ class _Step:
     """Experts that a kernel has computed, having found them itself."""
     keep: set[int] | None
     """Of a prompt: experts that stay on the device after it. None: all."""
+    counts: DeviceLayerStats = field(default_factory=DeviceLayerStats)
 
 
 class DeviceRuntime:
@@ -181,7 +182,7 @@ class DeviceRuntime:
         for layer, indices in told.earlier:  # every request was a hit
             wanted = self.cache.lookup(layer, indices)
             experts = wanted.hits + wanted.misses
-            self.stats.record(layer, len(experts), len(experts))
+            self.stats.record(layer, DeviceLayerStats(len(experts), len(experts)))
             self.ram.stats.record(layer, Lookup(experts, ()))
             self._note_uses(layer, experts)
         return told
@@ -213,7 +214,7 @@ class DeviceRuntime:
         everything = Lookup(wanted.hits + below.hits, below.misses)
         ahead = ram.prefetch.first_uses(below.hits)
         ram.note_missing(layer, len(below.misses) + ahead)
-        ram.stats.record(layer, everything, late, ahead)
+        step.counts = DeviceLayerStats(len(work.experts), len(wanted.hits))
         if single:
             self._note_uses(layer, everything.hits + everything.misses)
         reads = Reads(self._below, layer, below, keep=None if single else ram.worth_keeping(layer, work))
@@ -222,7 +223,6 @@ class DeviceRuntime:
             if guess:
                 below_it = [index for index in guess if self.cache.slot_of(ExpertId(layer + 1, index)) is None]
                 ram.prefetch.request(layer + 1, below_it)
-            self.stats.record(layer, len(wanted.hits), len(work.experts))
             here, arriving = self._hits(step, wanted.hits)
             self._misses(step, below.hits, here, arriving)
             reads.release(below.hits)
@@ -231,6 +231,8 @@ class DeviceRuntime:
                 reads.release(ready)
         finally:
             reads.close()
+        self.stats.record(layer, step.counts)  # of a layer that fails, nothing is counted
+        ram.stats.record(layer, everything, late, ahead)
 
     def _hits(self, step: _Step, hits: Sequence[ExpertId]) -> tuple[int, list[tuple[float, ExpertId]]]:
         """Have the device compute those that have arrived, unless it has found them, and the others if it has to.
@@ -265,8 +267,10 @@ class DeviceRuntime:
         self._on_device(step, [expert for _, expert in arriving if expert not in on_cpu])
         self._stream(step, copied)
         self._on_cpu(step, on_cpu)
-        self.stats.record_cpu(step.layer, len(on_cpu), late=sum(expert in on_cpu for _, expert in arriving))
-        self._admit(step.layer, [expert for expert in on_cpu if self.cache.slot_of(expert) is None])
+        step.counts.on_cpu += len(on_cpu)
+        step.counts.hits -= sum(expert in on_cpu for _, expert in arriving)
+        below = [expert for expert in on_cpu if self.cache.slot_of(expert) is None]
+        step.counts.admitted += self.admissions.bring_worthy(below, self.costs)
 
     # The two ways to compute
 
@@ -324,15 +328,11 @@ class DeviceRuntime:
                     self.cache.lock((expert,))
                     waves[-1].append(expert)
                     held += 1
-                self.stats.record_copied(step.layer, len(wave))
+                step.counts.copied += len(wave)
                 self._on_device(step, wave)
         finally:
             for wave in waves:
                 self.cache.unlock(wave)
-
-    def _admit(self, layer: int, computed: Sequence[ExpertId]) -> None:
-        for _ in range(self.admissions.bring_worthy(computed, self.costs)):
-            self.stats.record_admitted(layer)
 
     def _slot(self, expert: ExpertId) -> int:
         slot = self.cache.slot_of(expert)

@@ -165,7 +165,7 @@ def test_an_expert_on_its_way_is_computed_by_the_cpu_where_that_is_sooner():
     came_up = counters.admitted
     world.runtime.drain()
     assert torch.equal(world.run(0, token), wanted(0, token))
-    assert counters.hits == came_up
+    assert world.runtime.stats.per_layer[0].hits == came_up
     world.check()
 
 
@@ -377,6 +377,18 @@ def test_slots_can_be_given_back_between_forwards():
     world.check()
 
 
+def test_statistics_that_begin_anew_while_copies_are_under_way_add_up():
+    world = World(device=SimulatedDevice(speeds=Speeds(link=1e7)), costs=COPY_ONLY)
+    for layer, index in choices(7, 6):
+        world.run(layer, index)
+    assert len(world.runtime.uploads)
+    world.stats.reset()
+    world.runtime.stats.reset()
+    for layer, index in choices(8, 6):
+        world.run(layer, index)
+    world.check()
+
+
 def test_an_error_in_a_layer_leaves_nothing_locked():
     world = World(ram=LAYERS * TOP_K, deterministic=True)
     world.reader.broken.add(ExpertId(1, 3))
@@ -384,8 +396,9 @@ def test_an_error_in_a_layer_leaves_nothing_locked():
     with pytest.raises(OSError, match="cannot be read"):
         world.run(1, token)
     world.reader.broken.clear()
-    world.check_books()
+    world.check()
     assert torch.equal(world.run(1, token), wanted(1, token))
+    world.check()
 
 
 @pytest.mark.parametrize("file", ["uploads", pytest.param("device_runtime", marks=pytest.mark.slow)])
@@ -403,7 +416,7 @@ def test_after_an_interruption_anywhere_the_next_forward_works(file):
         happened = interruption.happened
         for layer, index in steps:
             assert torch.equal(world.run(layer, index), wanted(layer, index))
-        world.check_books()
+        world.check()
         world.runtime.close()
         at += 1
     assert at > 30
@@ -427,10 +440,10 @@ def test_a_copy_that_cannot_be_queued_leaves_table_and_caches_in_step():
                 world.run(1, token)
             except DeviceMemoryError:
                 failed += 1
-                world.check_books()
+                world.check()
             assert torch.equal(world.run(1, token), wanted(1, token))
         assert failed == 1
-        world.check_books()
+        world.check()
 
 
 def test_memory_that_runs_out_at_any_allocation_leaves_a_runtime_that_goes_on():
@@ -447,7 +460,7 @@ def test_memory_that_runs_out_at_any_allocation_leaves_a_runtime_that_goes_on():
                 fails += 1
                 world.runtime.drain()
                 assert torch.equal(world.run(layer, index), wanted(layer, index))
-        world.check_books()
+        world.check()
         if device.allocations < start + at:
             break
     assert fails > 10

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from fakes_run import COSTS, DISK, LAYERS, RECORD, a_run
 from pocketmoe.cache.charts import LEVELS
-from pocketmoe.cache.device_stats import DeviceStats
+from pocketmoe.cache.device_stats import DeviceLayerStats, DeviceStats
 from pocketmoe.cache.expert import ExpertId, Lookup
 from pocketmoe.cache.report import report
 from pocketmoe.cache.report_html import as_html
@@ -46,10 +46,9 @@ def with_device(run: RunStats) -> RunStats:
     run.device = DeviceStats(run.layers, RECORD, slots=5, link=12e9)
     for layer, counters in enumerate(run.per_layer):
         hits = counters.hits // 2
-        run.device.record(layer, hits, counters.requests)
-        run.device.record_copied(layer, 3)
-        run.device.record_cpu(layer, counters.requests - hits - 3)
-        run.device.record_admitted(layer)
+
+        on_cpu = counters.requests - hits - 3
+        run.device.record(layer, DeviceLayerStats(counters.requests, hits, copied=3, on_cpu=on_cpu, admitted=1))
         run.device.record_copy(RECORD / 6e9)
     return run
 
