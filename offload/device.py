@@ -8,6 +8,7 @@ in `pin` alone. `simulated_device.py` has the twin that tests run on.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -82,13 +83,17 @@ class Device(Protocol):
         stay as it is until the returned mark is passed."""
         ...
 
-    def seconds(self, work: Callable[[], object]) -> float:
-        """How long a kernel takes, by running it. Waits for it."""
+    def timed(self, work: Callable[[], object]) -> Mark:
+        """`launch`, and its end, which knows how long it took."""
         ...
 
     def put(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a small copy from RAM on the compute queue. The source must stay until a later `to_host` has been
-        waited for."""
+        waited for, whether it is pinned or not."""
+        ...
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """RAM that `put` need not wait to copy from: pinned, where that can be."""
         ...
 
     def to_host(self, tensors: list[torch.Tensor]) -> OnItsWay:
@@ -123,7 +128,7 @@ class Device(Protocol):
 
 
 class _TorchMark:
-    """An event, and for copies the one before it."""
+    """An event, and for what is timed the one before it."""
 
     __slots__ = ("_begin", "_end")
 
@@ -137,7 +142,7 @@ class _TorchMark:
         self._end.synchronize()
 
     def seconds(self) -> float:
-        assert self._begin is not None, "only copies are timed"
+        assert self._begin is not None, "this was not timed"
         return self._begin.elapsed_time(self._end) / 1000
 
     def hold_up(self, stream: torch.Stream) -> None:
@@ -203,16 +208,18 @@ class TorchDevice:
             torch.accelerator.set_stream(compute)
         return _TorchMark(end, begin)
 
-    def seconds(self, work: Callable[[], object]) -> float:
+    def timed(self, work: Callable[[], object]) -> Mark:
         begin, end = (torch.Event(device=self.torch_device, enable_timing=True) for _ in range(2))
         begin.record()
         self.launch(work)
         end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
+        return _TorchMark(end, begin)
 
     def put(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return _pinned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
     def to_host(self, tensors: list[torch.Tensor]) -> OnItsWay:
         offsets, end = [], 0

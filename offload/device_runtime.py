@@ -13,7 +13,7 @@ expert of the model lies there, the caller waits once a token, in the last layer
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -97,6 +97,7 @@ class DeviceRuntime:
         self._zeros = self._put(torch.zeros(top_k, dtype=torch.int32))
         self._ascending = self._put(torch.arange(top_k)[None])
         self._from_cpu = torch.empty(0, 0)
+        self._timed: tuple[int, Mark] | None = None
         self.in_order = True
 
     # One layer
@@ -161,19 +162,23 @@ class DeviceRuntime:
             self.stats.record_copy(seconds)
             if self._learns:
                 self.costs = self.costs.corrected(copy=Measured(1, seconds))
+        if self._timed is not None and self._timed[1].passed():
+            (count, end), self._timed = self._timed, None
+            self.costs = self.costs.corrected(gpu=Measured(count, end.seconds()))
 
     def _find(self, layer: int, hidden: torch.Tensor, chosen: torch.Tensor, parts: torch.Tensor) -> Mark | None:
         """Queue a kernel for those of the chosen experts that are in the table; None where it could not find them."""
         finder, addresses = self._finders[layer], self.table.row(layer)
         if finder is None:
             return None
-        self.device.launch(lambda: finder.run_resident(hidden, chosen, addresses, parts))
-        return self.device.mark()
+        return self._launch(layer, lambda: finder.run_resident(hidden, chosen, addresses, parts))
 
     def _found(self, layer: int, work: Assignment, end: Mark) -> set[ExpertId]:
         """Those that the kernel has found which ends before `end`; nothing may have changed the table since."""
         found = {expert for index in work.experts if (expert := ExpertId(layer, index)) in self.table}
         self.uploads.used(map(self._slot, found), end)
+        if self._is_timed(layer):
+            self._timed = len(found), end
         return found
 
     def _wait(self) -> Told:
@@ -284,8 +289,21 @@ class DeviceRuntime:
         ]
         kernel = self.kernels[step.layer]
         self.uploads.use(slots)
-        self.device.launch(lambda: kernel.run(step.hidden, step.rows, jobs, step.parts))
-        self.uploads.used(slots)
+        end = self._launch(step.layer, lambda: kernel.run(step.hidden, step.rows, jobs, step.parts))
+        self.uploads.used(slots, end)
+        if step.on_host is not None and self._is_timed(step.layer):
+            self._timed = len(experts), end
+
+    def _launch(self, layer: int, work: Callable[[], object]) -> Mark:
+        """Queue a kernel; returns its end."""
+        if self._is_timed(layer):
+            return self.device.timed(work)
+        self.device.launch(work)
+        return self.device.mark()
+
+    def _is_timed(self, layer: int) -> bool:
+        """One kernel of each token says enough."""
+        return self._learns and layer == self.cache.layers - 1
 
     def _on_cpu(self, step: _Step, experts: Sequence[ExpertId]) -> None:
         """Compute from RAM, and send the results to the device."""
@@ -293,7 +311,7 @@ class DeviceRuntime:
             return
         assert step.on_host is not None
         if self._from_cpu.shape[1] != step.on_host.shape[1]:
-            self._from_cpu = torch.empty(len(self._zeros), step.on_host.shape[1])
+            self._from_cpu = self.device.host_buffer((len(self._zeros), step.on_host.shape[1]), torch.float32)
         begin = self.device.clock()
         jobs = []
         for expert in experts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -11,7 +12,9 @@ from ..cache.hybrid import Cost, TierCosts
 from ..cache.manager import ExpertCache
 from ..cache.policy import get_policy
 from ..cache.units import format_bytes
-from ..quant.kernels import ExpertJob, ExpertKernels
+from ..quant.codecs import ExpertShape
+from ..quant.kernels import ExpertJob, ExpertKernels, ResidentKernels
+from ..quant.triton_kernels import TILE_TOKENS
 from .config import OffloadConfig
 from .device import Device, TorchDevice, default_device
 from .device_runtime import DeviceRuntime
@@ -126,6 +129,23 @@ def make_device_runtime(
         raise
 
 
+def warm_up(device: Device, kernels: Sequence[ExpertKernels], shapes: Sequence[ExpertShape], record_bytes: int) -> None:
+    """Run each layer's kind of kernel in each size that it is compiled for: what compilers and libraries take of RAM,
+    they take now."""
+    record = device.empty((record_bytes,), torch.uint8)
+    device.launch(record.zero_)
+    for shape, kernel in dict(zip(shapes, kernels, strict=True)).items():
+        for tokens in (1, *TILE_TOKENS):
+            hidden, out = (device.empty((tokens, shape.hidden), torch.float32) for _ in range(2))
+            rows, nobody = (device.empty((tokens,), dtype) for dtype in (torch.int32, torch.int64))
+            for tensor in (hidden, rows, nobody):
+                device.launch(tensor.zero_)
+            device.launch(partial(kernel.run, hidden, rows, [ExpertJob(record, 0, tokens)], out))
+            if tokens == 1 and isinstance(kernel, ResidentKernels):
+                device.launch(partial(kernel.run_resident, hidden, nobody, nobody, out))
+    device.mark().wait()
+
+
 def measure_costs(
     device: Device, slots: DeviceSlots, ram: ExpertRuntime, kernel: ExpertKernels, hidden: int
 ) -> TierCosts:
@@ -146,7 +166,13 @@ def measure_costs(
     device.put(x, on_host)
     device.put(places, rows)
     jobs = [ExpertJob(slots.record(i), i, 1) for i in range(most)]
-    gpu = _cost(lambda n: device.seconds(lambda: kernel.run(x, places, jobs[:n], out)), most)
+
+    def on_device(count: int) -> float:
+        end = device.timed(lambda: kernel.run(x, places, jobs[:count], out))
+        end.wait()
+        return end.seconds()
+
+    gpu = _cost(on_device, most)
 
     below = [ExpertJob(ram.slots.record(i), i, 1) for i in range(most)]
     parts = torch.empty(most, hidden)

@@ -17,7 +17,7 @@ from .chat import Conversation
 from .config import OffloadConfig
 from .device import Device, memory_errors
 from .device_runtime import DeviceRuntime
-from .device_tier import make_device_runtime, open_device
+from .device_tier import make_device_runtime, open_device, warm_up
 from .errors import DataError, UsageError, VramBudgetError
 from .experts import make_device_kernels, make_kernels, open_pool
 from .generate import Chunk, Completion, Sequence, stream_answer
@@ -153,8 +153,9 @@ class Model:
             )
             self._lean = make_lean_decoder(skeleton, pool, self._runtime, notice) if device is None else None
             self._workspace = self._workspace._replace(lean=self._lean is not None)
-            # Before the last plan: Triton itself takes some memory.
             above = [] if device is None else make_device_kernels(skeleton.sites, manifest, config, device, notice)
+            if device is not None:  # before the last plan: Triton and what it compiles take memory
+                warm_up(device, above, [layer.shape for layer in layers], store.record_bytes)
             self._hold_to_plan()
             if device is not None and self.vram_plan is not None:
                 widths = [site.layer.shape.hidden for site in skeleton.sites]

@@ -148,14 +148,15 @@ class SimulatedDevice:
         work = self._enqueue(self._copies, took, lambda: _copy(target, source), lambda: _poison(target), _works(after))
         return _SimulatedMark(self, work)
 
-    def seconds(self, work: Callable[[], object]) -> float:
+    def timed(self, work: Callable[[], object]) -> Mark:
         self.launch(work)
-        mark = _SimulatedMark(self, self._end_of_compute())
-        mark.wait()
-        return mark.seconds()
+        return self.mark()
 
     def put(self, target: torch.Tensor, source: torch.Tensor) -> None:
         self._enqueue(self._compute, self.speeds.latency, lambda: _copy(target, source), lambda: _poison(target))
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
 
     def to_host(self, tensors: list[torch.Tensor]) -> OnItsWay:
         for stale in self._at_host:

@@ -14,7 +14,8 @@ from pocketmoe.offload.errors import DeviceMemoryError, MemoryBudgetError, Usage
 from pocketmoe.offload.kv_cache import can_crop
 from pocketmoe.offload.model import Model
 from pocketmoe.offload.simulated_device import SimulatedDevice, Speeds
-from pocketmoe.quant.triton_kernels import load_triton, why_missing
+from pocketmoe.quant.kernels import TorchKernels
+from pocketmoe.quant.triton_kernels import TILE_TOKENS, load_triton, why_missing
 
 HASTY = Speeds(link=2e7, jitter=5.0, kernel=1e-4)
 FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
@@ -172,6 +173,17 @@ def test_ram_that_cannot_be_pinned_is_said_once(store):
     with Model(store, config, on_notice=notices.append, device=SimulatedDevice(may_pin=False)) as model:
         answer(model)
     assert sum("pinned" in notice for notice in notices) == 1
+
+
+def test_the_last_plan_counts_what_kernels_take_of_ram_when_they_first_run(store, monkeypatch):
+    sizes: list[int] = []
+    run, hold = TorchKernels.run, Model._hold_to_plan
+    monkeypatch.setattr(
+        TorchKernels, "run", lambda self, x, rows, jobs, out: sizes.append(len(rows)) or run(self, x, rows, jobs, out)
+    )
+    monkeypatch.setattr(Model, "_hold_to_plan", lambda self: sizes.append(0) or hold(self))
+    with opened(store, SimulatedDevice()):
+        assert sizes[: sizes.index(0)] == [1, *TILE_TOKENS]
 
 
 @pytest.mark.skipif(load_triton() is None, reason=why_missing())

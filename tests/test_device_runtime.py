@@ -60,6 +60,7 @@ class World:
         threaded: bool = False,
         finds: bool = True,
         recorder: Recorder | None = None,
+        learns: bool = False,
     ) -> None:
         self.device = device or SimulatedDevice()
         self.stats = RunStats(LAYERS, RECORD)
@@ -81,7 +82,7 @@ class World:
             [EXPERTS] * LAYERS,
             costs,
             deterministic,
-            learns=False,
+            learns,
         )
 
     def run(self, layer: int, index: torch.Tensor) -> torch.Tensor:
@@ -169,6 +170,20 @@ def test_an_expert_on_its_way_is_computed_by_the_cpu_where_that_is_sooner():
     world.check()
 
 
+@pytest.mark.parametrize("finds", [False, True])
+def test_costs_follow_what_copies_the_cpu_and_the_device_really_take(finds):
+    speeds = Speeds(link=RECORD / 1e-3, latency=0.0, kernel=2e-3)
+    world = World(device=SimulatedDevice(speeds=speeds), costs=COPY_ONLY, finds=finds, learns=True)
+    for i in range(150):
+        for layer in range(LAYERS):
+            token = torch.tensor([[1, 6]] if layer or i % 2 else [[2, 5]])
+            assert torch.equal(world.run(layer, token), wanted(layer, token))
+    assert min(world.runtime.stats.copies, world.runtime.stats.total("hits")) > 100
+    costs = world.runtime.costs
+    assert costs.copy.each == pytest.approx(1e-3, rel=0.1)
+    assert costs.gpu.of(2) == pytest.approx(2e-3, rel=0.1)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("finds", [False, True])
 @pytest.mark.parametrize("slots", [LAYERS, LAYERS * TOP_K, LAYERS * TOP_K + 5, ALL])
@@ -222,6 +237,14 @@ def _sabotaged(world: World, name: str) -> World:
 
         uploads.start = start_and_let_go
         uploads._let_go = lambda: uploads._flying.popleft().arrived.seconds()
+    elif name == "the CPU's results are written over while they travel":
+        on_cpu = world.runtime._on_cpu
+
+        def compute_and_write_over(step, experts):
+            on_cpu(step, experts)
+            world.runtime._from_cpu.fill_(torch.nan)
+
+        world.runtime._on_cpu = compute_and_write_over
     elif name == "entries stay when their experts leave":
         table.remove = lambda expert: None
     elif name == "entries are set before their records arrive":
@@ -252,6 +275,7 @@ def _sabotaged(world: World, name: str) -> World:
         "kernels do not wait for copies",
         "copies do not wait for the last use",
         "sources are let go while they travel",
+        "the CPU's results are written over while they travel",
         "entries stay when their experts leave",
         "entries are set before their records arrive",
         "entries are set though somebody else has the slot by now",
@@ -263,7 +287,7 @@ def test_a_missing_wait_or_a_wrong_entry_gives_wrong_numbers(mistake):
     for seed in range(20):
         device = SimulatedDevice(seed, Speeds(link=1e8, jitter=10.0, kernel=1e-4))
         world = World(LAYERS, LAYERS * TOP_K, device, deterministic=True)
-        if "entries" in mistake:  # uploads that nobody waits for, and that are slow
+        if "entries" in mistake or "CPU" in mistake:  # uploads that nobody waits for, and that are slow
             device = SimulatedDevice(seed, Speeds(link=1e7, jitter=3.0, host=1e-5))
             world = World(LAYERS * TOP_K, device=device, costs=SLOW_LINK)
         _sabotaged(world, mistake)
