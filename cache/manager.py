@@ -10,8 +10,9 @@ that are arriving or locked are never evicted. All calls come from one thread, t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain, islice
 from typing import NamedTuple
 
 from .expert import ExpertId, Lookup
@@ -207,18 +208,28 @@ class ExpertCache:
 
     # The whole pool
 
-    def resize(self, capacity: int) -> list[tuple[ExpertId, int]]:
+    def resize(
+        self, capacity: int, move: Callable[[ExpertId, int, int], None] | None = None
+    ) -> list[tuple[ExpertId, int]]:
         """Grow or shrink to `capacity` slots; returns the experts that lost their slot, each with that slot.
 
-        Records do not move, so those leave whose slot is `capacity` or higher, however hot they are. Raises
-        SlotInUseError, changing nothing, when one of them is locked or arriving, and ValueError below the floors.
+        Those leave whose slot is `capacity` or higher, however hot they are; but with `move`, which brings an expert's
+        record from one slot to another, the first victims do. Raises SlotInUseError, changing nothing, when one that
+        leaves or moves is locked or arriving, and ValueError below the floors.
         """
         self._require_floors(capacity)
-        lost = [(expert, slot) for expert, slot in self._slots.items() if slot >= capacity]
-        self._require_idle([expert for expert, _ in lost])
-        for expert, _ in lost:
+        beyond = [(expert, slot) for expert, slot in self._slots.items() if slot >= capacity]
+        lost, moving = (beyond, []) if move is None else self._coldest(capacity, beyond)
+        self._require_idle([expert for expert, _ in (*lost, *moving)])
+        for expert, slot in lost:
             self._release(expert)
+            if slot < capacity:
+                self._free.append(slot)
         kept = [slot for slot in self._free if slot < capacity]
+        for expert, slot in moving:
+            assert move is not None
+            move(expert, slot, kept[-1])
+            self._slots[expert] = kept.pop()
         self._free = [*range(capacity - 1, self.capacity - 1, -1), *kept]
         self.capacity = capacity
         self._policy.resize(capacity)
@@ -307,6 +318,14 @@ class ExpertCache:
             if expert not in arriving and expert not in locks:
                 return expert, self._policy.ranks[expert]
         return None, _NOBODY
+
+    def _coldest(
+        self, capacity: int, beyond: list[tuple[ExpertId, int]]
+    ) -> tuple[list[tuple[ExpertId, int]], list[tuple[ExpertId, int]]]:
+        """Who leaves so that `capacity` remain, and who has to move then, each with the slot."""
+        victims = chain(self._transient.victims(), self._policy.victims())
+        lost = {expert: self._slots[expert] for expert in islice(victims, max(0, len(self) - capacity))}
+        return list(lost.items()), [(expert, slot) for expert, slot in beyond if expert not in lost]
 
     def _release(self, expert: ExpertId) -> int:
         (self._transient if expert in self._transient.ranks else self._policy).remove(expert)

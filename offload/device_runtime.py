@@ -154,8 +154,9 @@ class DeviceRuntime:
         return self.table.full and not last and not self.choices.recorded and self._finders[layer] is not None
 
     def _guess(self, layer: int) -> torch.Tensor | None:
-        predictor = self.ram.predictor
-        return predictor.predict(layer + 1) if predictor is not None and self.wants_guesses else None
+        """Of the next layer, where there is anything left to read ahead from disk."""
+        wanted = not self.table.full and self.ram.wants_guesses
+        return self.ram.predictor.predict(layer + 1) if wanted and self.ram.predictor is not None else None
 
     def _settle(self) -> None:
         for seconds in self.uploads.settle():
@@ -203,11 +204,6 @@ class DeviceRuntime:
         for part in (self.cache, self.ram.cache, self.admissions.worth):
             part.tick()
         self.admissions.measure_reads(self.ram.stats)
-
-    @property
-    def wants_guesses(self) -> bool:
-        """Whether there is anything left to read ahead from disk."""
-        return not self.table.full and self.ram.wants_guesses
 
     def _run_experts(self, step: _Step, guess: Sequence[int]) -> None:
         layer, work, ram = step.layer, step.work, self.ram
@@ -374,11 +370,14 @@ class DeviceRuntime:
             How many were given back; 0 when the tier is as small as it can be.
         """
         self.uploads.drain()
+        self.device.trim()
         before = self.cache.capacity
-        left = self.slots.shrink(slots, least=self.cache.layers * self.cache.floor)
-        for expert, slot in self.cache.resize(left):
+        left = self.slots.without(slots, least=self.cache.layers * self.cache.floor)
+        for expert, slot in self.cache.resize(left, self.uploads.move):
             self.uploads.forget(expert, slot)
             self.ram.cache.promote(expert)
+        self.device.mark().wait()
+        self.slots.release(left)
         self.stats.slots = left
         return before - left
 

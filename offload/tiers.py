@@ -95,19 +95,20 @@ class DeviceSlots:
         """The bytes of a slot, uint8 [record_bytes], on the device."""
         return self._records[slot]
 
-    def shrink(self, slots: int, least: int) -> int:
-        """Give the memory of at least that many slots back, the last ones, a whole segment at a time.
+    def without(self, slots: int, least: int) -> int:
+        """How many are left if at least that many are given back, the last ones, a whole segment at a time; never fewer
+        than `least`, so that it may be all of them."""
+        left, segments = self.capacity, [len(segment) for segment in self._segments]
+        while left > self.capacity - slots and left - segments[-1] >= least:
+            left -= segments.pop()
+        return left
 
-        Returns:
-            The slots that are left: never fewer than `least`, so that it may be all of them.
-        """
-        wanted = self.capacity - slots
-        self._device.trim()  # nothing reads them any more
-        while self.capacity > wanted and self.capacity - len(self._segments[-1]) >= least:
+    def release(self, left: int) -> None:
+        """Give the memory of all others back, `left` being what `without` has returned. Nothing may read them."""
+        while self.capacity > left:
             self.capacity -= len(self._segments.pop())
         del self._records[self.capacity :]
         self._device.trim()
-        return self.capacity
 
     def _grow(self, capacity: int, step: int) -> None:
         while self.capacity < capacity:

@@ -118,6 +118,16 @@ class Uploads:
             books.clear()
         self._table.replace({expert: self._slots.record(slot) for expert, slot in residents.items()})
 
+    def move(self, expert: ExpertId, slot: int, free: int) -> None:
+        """Bring a record to another slot on the device; nothing may be in flight."""
+        assert not self._flying, "copies are in flight"
+        source, target = self._slots.record(slot), self._slots.record(free)
+        self._table.remove(expert)
+        self._device.launch(lambda: target.copy_(source))
+        self.used((free,))
+        self._arrivals.pop(free, None)
+        self._table.enter(expert, target)
+
     def forget(self, expert: ExpertId, slot: int) -> None:
         """The slot of `expert` is given back; nothing may be in flight."""
         assert not self._flying, "copies are in flight"

@@ -254,6 +254,16 @@ def test_shrinking_empties_the_highest_slots_and_growing_adds_free_ones():
         cache.resize(3)
 
 
+def test_where_records_can_move_the_first_victims_leave_instead():
+    cache, moves = make(capacity=6), []
+    bring(cache, (0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2))
+    lost = cache.resize(4, lambda *move: moves.append(move))
+    assert sorted(lost) == [((0, 0), 0), ((0, 1), 1)]
+    assert moves == [((0, 2), 4, 1), ((1, 2), 5, 0)]
+    assert cache.residents() == {(1, 0): 2, (1, 1): 3, (0, 2): 1, (1, 2): 0}
+    cache.check_integrity(idle=True)
+
+
 @pytest.mark.parametrize("busy", ["locked", "arriving"])
 def test_shrinking_and_clearing_refuse_while_a_slot_is_in_use_and_change_nothing(busy):
     cache = make(capacity=5)
@@ -383,6 +393,19 @@ class AnySchedule(RuleBasedStateMachine):
             assert self.cache.residents() == before
         else:
             assert dict(self.cache.resize(capacity)) == high
+
+    @rule(capacity=st.integers(LAYERS * FLOOR, LAYERS * FLOOR + 8))
+    def resize_with_moves(self, capacity):
+        before, moves = self.cache.residents(), {}
+        try:
+            lost = dict(self.cache.resize(capacity, lambda expert, old, new: moves.update({expert: (old, new)})))
+        except SlotInUseError:
+            assert self.cache.residents() == before and not moves
+            return
+        assert len(lost) == max(0, len(before) - capacity)
+        assert all(before[expert] == old >= capacity for expert, (old, _) in moves.items())
+        stay = {expert: slot for expert, slot in before.items() if expert not in lost}
+        assert self.cache.residents() == stay | {expert: new for expert, (_, new) in moves.items()}
 
     @rule()
     def tick(self):

@@ -352,6 +352,22 @@ def test_slots_that_are_given_back_are_found_no_more():
     world.check()
 
 
+def test_when_slots_are_given_back_those_leave_who_are_worth_least():
+    world = everything_resident()
+    for layer in range(LAYERS):
+        for pair in ([6, 7], [4, 5]):
+            world.run(layer, torch.tensor([pair]))
+    while world.runtime.shrink(1):
+        pass
+    assert world.cache.capacity <= LAYERS * 4
+    last = [ExpertId(layer, index) for layer in range(LAYERS) for index in (6, 7, 4, 5)]  # as they were used
+    assert set(world.cache.residents()) == set(last[-world.cache.capacity :])
+    for layer in range(LAYERS):
+        token = torch.tensor([[4, 5]])
+        assert torch.equal(world.run(layer, token), wanted(layer, token))
+    world.check()
+
+
 def test_who_records_hears_of_every_layer_of_every_token(tmp_path):
     heard = []
 
@@ -429,12 +445,13 @@ def test_an_error_in_a_layer_leaves_nothing_locked():
 def test_after_an_interruption_anywhere_the_next_forward_works(file):
     at, happened = 0, True
     while happened:
-        world = World(slots=LAYERS * TOP_K, ram=LAYERS * TOP_K + 3, deterministic=at % 2 == 0, threaded=True)
+        world = World(slots=LAYERS * TOP_K + 3, ram=LAYERS * TOP_K + 3, deterministic=at % 2 == 0, threaded=True)
         steps = choices(1, 1)
         with Interruption((f"offload.{file}",), at) as interruption:
             try:
                 for layer, index in steps:
                     world.run(layer, index)
+                world.runtime.shrink(1)
             except KeyboardInterrupt:
                 pass
         happened = interruption.happened
