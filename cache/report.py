@@ -1,7 +1,7 @@
 """The report of a run as data: what was measured, what bounds the speed, and what other settings would give.
 
-JSON-serialisable, under a version; seconds, bytes and shares (0 to 1). What is not known is None. Links and tiers are
-lists, so that whoever shows them need not know how many there are.
+JSON-serialisable, under a version; seconds, bytes and shares (0 to 1); `finished_at` counts from 1970. What is not
+known is None. Links and tiers are lists, so that whoever shows them need not know how many there are.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def report(run: RunStats, disk: DiskSpeed | None = None, replays: bool = True) -
         "version": VERSION,
         "model": run.model,
         "store": run.store,
+        "finished_at": run.finished_at,
         "settings": {name: getattr(run, name) for name in ("codec", "policy", "io", "kernels", "prefetch")},
         "memory": {"budget_bytes": run.ram_budget_bytes, "peak_bytes": run.peak_rss_bytes},
         "sample": {

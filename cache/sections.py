@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,11 +100,11 @@ def _headline(report: Report) -> Section:
     speed, sample, memory = report["speed"], report["sample"], report["memory"]
     split = report["time_per_token"]
     facts = [
-        ("speed", _rate(speed["tokens_per_second"])),
-        ("hits", _percent(speed["hit_rate"])),
-        ("waiting", _percent(split and split["parts"][0]["share"], 0)),
-        ("first token", _time_of(speed["time_to_first_token_s"])),
-        ("prompt", _rate(speed["prompt_tokens_per_second"])),
+        ("speed", rate(speed["tokens_per_second"])),
+        ("hits", in_percent(speed["hit_rate"])),
+        ("waiting", in_percent(split and split["parts"][0]["share"], 0)),
+        ("first token", in_seconds(speed["time_to_first_token_s"])),
+        ("prompt", rate(speed["prompt_tokens_per_second"])),
     ]
     if memory["peak_bytes"] and memory["budget_bytes"]:
         facts.append(("memory", f"{format_bytes(memory['peak_bytes'])} of {format_bytes(memory['budget_bytes'])}"))
@@ -124,7 +125,7 @@ def _time(report: Report) -> list[Section]:
     rows, bars, before = [], list[Bar](), 0.0
     for part in split["parts"]:
         share = part["share"] or 0.0
-        rows.append((PARTS[part["name"]], f"{1000 * part['seconds']:.2f}", _percent(part["share"], 0)))
+        rows.append((PARTS[part["name"]], f"{1000 * part['seconds']:.2f}", in_percent(part["share"], 0)))
         bars.append((("gap", before), ("wait" if part["name"] == "waiting" else "time", share)))
         before += share
     whole = ("a token", f"{1000 * split['seconds']:.2f}", "100 %")
@@ -141,7 +142,7 @@ def _links(report: Report) -> Section:
                 link["name"],
                 format_bytes(link["bytes"]),
                 "-" if link["bytes_per_token"] is None else format_bytes(link["bytes_per_token"]),
-                _percent(link["busy_share"], 0),
+                in_percent(link["busy_share"], 0),
                 "-" if link["bytes_per_s"] is None else f"{format_bytes(link['bytes_per_s'])}/s",
                 f"{format_bytes(peak)}/s" if peak else "-",
             )
@@ -182,9 +183,9 @@ def _layers(tier: Mapping[str, Any]) -> Section:
     held = ""
     if slots and experts:
         size = format_bytes(slots * tier["record_bytes"])
-        held = f"{slots:,} of {experts:,} experts fit ({_percent(min(1.0, slots / experts), 0)}, {size}). "
+        held = f"{slots:,} of {experts:,} experts fit ({in_percent(min(1.0, slots / experts), 0)}, {size}). "
     whole = (
-        f"{held}{_percent(tier['hit_rate'])} of {tier['requests']:,} requests found theirs there, prompts included; "
+        f"{held}{in_percent(tier['hit_rate'])} of {tier['requests']:,} requests found theirs there, prompts included; "
         f"{tier['prefetch_hits']:,} thanks to prefetch. Of {tier['misses']:,} misses {tier['late']:,} were on their "
         "way."
     )
@@ -200,13 +201,13 @@ def _prefetch(report: Report) -> Section:
     kinds = ("useful", "late", "wasted", "cancelled")
     meaning = ("there when it was chosen", "chosen while on its way", "never chosen", "withdrawn before it was read")
     rows = tuple(
-        (f"{kind}: {what}", f"{found[kind]:,}", _percent(found[kind] / found["issued"], 0))
+        (f"{kind}: {what}", f"{found[kind]:,}", in_percent(found[kind] / found["issued"], 0))
         for kind, what in zip(kinds, meaning, strict=True)
     )
     notes = (
-        f"Of what would have been missing {_percent(found['recall'], 0)} was asked for ahead; of what was read ahead "
-        f"{_percent(found['precision'], 0)} was wanted.",
-        f"Wasted: {format_bytes(found['wasted_bytes'])}, {_percent(found['wasted_share'], 0)} of all that was read.",
+        f"Of what would have been missing {in_percent(found['recall'], 0)} was asked for ahead; of what was read ahead "
+        f"{in_percent(found['precision'], 0)} was wanted.",
+        f"Wasted: {format_bytes(found['wasted_bytes'])}, {in_percent(found['wasted_share'], 0)} of all that was read.",
     )
     columns = (f"{found['issued']:,} guesses", "count", "share")
     return Section("Prefetch", lines=tuple(lines), table=Table(columns, rows), notes=notes)
@@ -237,7 +238,7 @@ def _policies(report: Report) -> list[Section]:
     rows = [
         (
             f"{s['policy']} (optimum)" if s is best else s["policy"],
-            _percent(s["hit_rate"]),
+            in_percent(s["hit_rate"]),
             "" if s is present else f"{100 * (s['hit_rate'] - present['hit_rate']):+.1f}",
             f"{s['tokens_per_second']:.1f}",
             "now" if s is present else _gain(s, present),
@@ -259,8 +260,8 @@ def _budgets(report: Report) -> list[Section]:
         (
             f"--ram {as_option(s['ram_budget_bytes'])}" if s["ram_budget_bytes"] else "",
             f"{s['slots']:,}",
-            _percent(s["hit_rate"]),
-            _percent(1 - s["hit_rate"]),
+            in_percent(s["hit_rate"]),
+            in_percent(1 - s["hit_rate"]),
             f"{s['tokens_per_second']:.1f}",
             "now" if s is now else _gain(s, now),
         )
@@ -268,7 +269,7 @@ def _budgets(report: Report) -> list[Section]:
     ]
     bars: tuple[Bar, ...] = tuple((("hit", s["hit_rate"]), ("miss", 1 - s["hit_rate"])) for s in settings)
     places = tuple(
-        f"{_percent(s['slots'] / experts, 0)} of the experts, {row[0] or 'slots ' + row[1]}"
+        f"{in_percent(s['slots'] / experts, 0)} of the experts, {row[0] or 'slots ' + row[1]}"
         for s, row in zip(settings, rows, strict=True)
     )
     shares = [s["slots"] / experts for s in settings]
@@ -283,7 +284,7 @@ def _budgets(report: Report) -> list[Section]:
     notes = (
         f"{choice[0].upper()}{choice[1:]}." if choice else "No larger budget would gain a tenth.",
         f"The model behind this gives {what_if['predicted']:.1f} tokens/s for the present setting, measured were "
-        f"{what_if['measured']:.1f} ({_signed(error)}); the others are corrected by that.",
+        f"{what_if['measured']:.1f} ({signed(error)}); the others are corrected by that.",
     )
     columns = ("budget", "slots", "hits", "misses", "tokens/s", "")
     table = Table(columns, tuple(rows), bars, strong=at)
@@ -297,6 +298,8 @@ def _setup(report: Report) -> Section:
     ]
     named = [f"{name} {settings[name]}" for name in ("codec", "policy", "io", "kernels") if settings[name]]
     lines = [f"memory of the process: {', '.join(parts)}"] if parts else []
+    if report["finished_at"] is not None:
+        lines.append(time.strftime("finished %Y-%m-%d %H:%M", time.localtime(report["finished_at"])))
     return Section("Setup", lines=(*lines, *([", ".join(named)] if named else [])))
 
 
@@ -304,27 +307,27 @@ def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _rate(rate: float | None) -> str:
+def rate(rate: float | None) -> str:
     if rate is None:
         return "- tokens/s"
     return f"{rate:,.0f} tokens/s" if rate >= 100 else f"{rate:.1f} tokens/s"
 
 
-def _time_of(seconds: float | None) -> str:
+def in_seconds(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:,.0f} s"
 
 
 def _gain(setting: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    return _signed(setting["tokens_per_second"] / now["tokens_per_second"] - 1)
+    return signed(setting["tokens_per_second"] / now["tokens_per_second"] - 1)
 
 
-def _signed(share: float) -> str:
+def signed(share: float) -> str:
     return f"{round(100 * share):+d} %"
 
 
-def _percent(share: float | None, digits: int = 1) -> str:
+def in_percent(share: float | None, digits: int = 1) -> str:
     return "-" if share is None else f"{share * 100:.{digits}f} %"
 
 

@@ -29,19 +29,8 @@ Outcome = Literal["useful", "late", "wasted", "cancelled"]
 FORMAT_VERSION = 2
 MOST_STEPS = 1024  # of answers, whose pace is kept
 _DESCRIPTION = (
-    "slots",
-    "total_experts",
-    "ram_budget_bytes",
-    "peak_rss_bytes",
-    "time_to_first_token_s",
-    "finish_reason",
-    "model",
-    "codec",
-    "policy",
-    "io",
-    "kernels",
-    "store",
-    "prefetch",
+    *("slots", "total_experts", "ram_budget_bytes", "peak_rss_bytes", "time_to_first_token_s", "finish_reason"),
+    *("model", "codec", "policy", "io", "kernels", "store", "prefetch", "finished_at"),
 )
 
 
@@ -70,6 +59,8 @@ class RunStats:
     """The directory that records are read from."""
     prefetch: str | None = None
     """How it stands with reading ahead, in words."""
+    finished_at: float | None = None
+    """Seconds since 1970."""
     read_busy_s: float = 0.0
     """Time with at least one read in flight: reads side by side count once."""
     read_wait_s: float = 0.0
@@ -344,7 +335,7 @@ class RunStats:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict()`, pace, uses, residents and history as JSON, all or nothing: under a temporary name first,
-        then renamed. Raises OSError."""
+        then renamed; readable by its owner only. Raises OSError."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -357,7 +348,7 @@ class RunStats:
             "history": None if run.history is None else run.history.to_dict(),
         }
         try:
-            with partial.open("w", encoding="utf-8") as file:
+            with open(partial, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
                 json.dump(data, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -375,7 +366,7 @@ class RunStats:
             run = cls(
                 layers=data["layers"],
                 record_bytes=data["record_bytes"],
-                **{name: data[name] for name in _DESCRIPTION},
+                **{name: data.get(name) for name in _DESCRIPTION},
                 read_busy_s=data["read_busy_s"],
                 read_wait_s=data["read_wait_s"],
                 per_layer=[filled(LayerStats, counters) for counters in data["per_layer"]],

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..offload.errors import DataError
 from .console import say
+from .kept_runs import keep_run
 from .options import LoadOptions
 from .progress import StageProgress
 
@@ -20,13 +21,6 @@ def load_model(path: str, **options: Any) -> Model:
     from ..offload.loading import load
 
     return load(path, **options)
-
-
-def last_run_path() -> Path:
-    """Where the statistics of the last run lie, for `pocketmoe stats`."""
-    from platformdirs import user_state_path
-
-    return user_state_path("pocketmoe") / "last-run.json"
 
 
 @contextlib.contextmanager
@@ -51,10 +45,8 @@ def opened(path: str, options: LoadOptions) -> Iterator[Model]:
 def _keep_statistics(model: Model) -> None:
     stats = model.stats(advice=True)
     if not stats.to_dict()["prompt_tokens"]:
-        return  # nothing was asked: what the run before has left is worth more
-    path = last_run_path()
+        return  # nothing was asked
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        stats.save(path)
-    except OSError as error:
-        say(f"The statistics of this run were not kept in {path}: {error.strerror}.")
+        keep_run(stats)
+    except DataError as error:
+        say(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -10,6 +11,7 @@ from ..offload.errors import PocketMoEError
 from .console import may_style
 
 if TYPE_CHECKING:
+    from ..cache.sections import Section
     from ..cache.stats import RunStats
 
 MOST_COLUMNS = 120
@@ -29,13 +31,17 @@ def report_of(stats: RunStats) -> dict[str, Any]:
 
 
 def show_report(stats: RunStats, stream: TextIO) -> None:
-    """Print the whole report to `stream`, in colour where that can be shown."""
-    from ..cache.report_text import as_text
+    """Print the whole report to `stream`."""
     from ..cache.sections import sections
+
+    show_sections(sections(report_of(stats)), stream)
+
+
+def show_sections(sections: Sequence[Section], stream: TextIO) -> None:
+    """Print them to `stream`, in colour where that can be shown."""
+    from ..cache.report_text import as_text
 
     width = shutil.get_terminal_size((80, 24)).columns if stream.isatty() else 80
     coding = (getattr(stream, "encoding", None) or "ascii").lower()
-    text = as_text(
-        sections(report_of(stats)), min(width, MOST_COLUMNS), may_style(stream), not coding.startswith("utf")
-    )
+    text = as_text(sections, min(width, MOST_COLUMNS), may_style(stream), not coding.startswith("utf"))
     print(text, file=stream, flush=True)

@@ -99,6 +99,7 @@ class Session:
 
     def _answer(self, text: str) -> None:
         self._out.hide_thinking = self._settings.hide_thinking
+        before = self._model.stats() if self._settings.show_stats else None
         outcome = stream_answer(
             lambda watch: self._conversation.send(text, on_progress=watch, **self._settings.sampling),
             self._out.write,
@@ -110,8 +111,11 @@ class Session:
             say("(stopped)")
         if note := ending_note(outcome.finish_reason, self._model.context, FULL_CONTEXT):
             say(note)
-        if self._settings.show_stats:
-            say(self._model.stats().summary())
+        if before is not None:
+            from ..cache.answer_line import answer_lines
+
+            for line in answer_lines(before, self._model.stats()):
+                say(line)
 
     def _leaves(self) -> bool:
         """Whether this Ctrl-C, which did not stop an answer, is a second one."""

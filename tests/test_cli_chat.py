@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fakes_cli
+import pocketmoe.cli.kept_runs as kept_runs
 import pocketmoe.cli.loading as loading
 import pytest
 from pocketmoe.cli.main import app
@@ -24,7 +25,7 @@ def models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[fakes_cli.Fa
         return loaded[-1]
 
     monkeypatch.setattr(loading, "load_model", load)
-    monkeypatch.setattr(loading, "last_run_path", lambda: tmp_path / "last-run.json")
+    monkeypatch.setattr(kept_runs, "runs_folder", lambda: tmp_path / "state")
     return loaded
 
 
@@ -143,9 +144,11 @@ def test_stats_prints_the_report_on_stderr(models):
     assert "Setup" in result.stderr, "the whole report"
 
 
-def test_the_stats_option_prints_the_head_of_the_report_after_each_answer(models):
-    said = chat("a", "b", options=("--stats",)).stderr
-    assert said.count("2.5 tokens/s") == 2
+def test_the_stats_option_prints_each_answers_own_numbers_and_what_bounds_the_run(models):
+    said = chat("a", "b c", options=("--stats",)).stderr
+    assert "this answer: 1 token, 2.5 tokens/s, first token 0.50 s" in said
+    assert "this answer: 2 tokens, 2.5 tokens/s" in said
+    assert said.count("so far: Not enough data") == 2
     assert "Setup" not in said
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import fakes_cli
 import pocketmoe.cli.convert as convert_command
 import pocketmoe.cli.demo as demo_command
+import pocketmoe.cli.kept_runs as kept_runs
 import pocketmoe.cli.loading as loading
 import pytest
+from pocketmoe.cache.stats import RunStats
 from pocketmoe.cli.main import app
-from pocketmoe.offload.errors import DataError
+from pocketmoe.offload.errors import DataError, UsageError
 from typer.testing import CliRunner, Result
 
 KEYS = """
@@ -32,7 +36,7 @@ def models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[fakes_cli.Fa
         return loaded[-1]
 
     monkeypatch.setattr(loading, "load_model", load)
-    monkeypatch.setattr(loading, "last_run_path", lambda: tmp_path / "state" / "last-run.json")
+    monkeypatch.setattr(kept_runs, "runs_folder", lambda: tmp_path / "state")
     return loaded
 
 
@@ -206,12 +210,22 @@ def test_an_answer_that_was_cut_off_says_so(models):
     assert "--max-tokens" in invoke("run", "fake", "a b", "--max-tokens", "2").stderr
 
 
-def test_statistics_of_the_last_run_are_kept_and_an_empty_run_does_not_replace_them(models, tmp_path):
-    kept = tmp_path / "state" / "last-run.json"
+def test_statistics_of_past_runs_are_kept_for_their_owner_and_an_empty_run_is_none(models, tmp_path):
     invoke("run", "fake", "a b c")
-    assert json.loads(kept.read_text())["generated_tokens"] == 3
     invoke("chat", "fake", stdin="")
+    (kept,) = (tmp_path / "state").iterdir()
     assert json.loads(kept.read_text())["generated_tokens"] == 3
+    if os.name == "posix":
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+
+
+def test_of_each_store_the_oldest_runs_make_room(models, monkeypatch, tmp_path):
+    monkeypatch.setattr(kept_runs, "MOST_RUNS", 2)
+    for store in ("a", "b", "a", "a"):
+        run = fakes_cli.FakeModel("fake", {}).stats()
+        run.store = store
+        kept_runs.keep_run(run)
+    assert [RunStats.load(path).store for path in kept_runs.kept_runs()] == ["a", "a", "b"]
 
 
 def test_a_state_folder_that_cannot_be_written_does_not_spoil_the_answer(models, tmp_path):
@@ -263,37 +277,59 @@ def test_verify_lists_the_problems_and_leaves_with_3_only_when_there_are_any(mon
     assert "2 problems" in bad.stderr
 
 
-def test_stats_without_a_last_run_says_where_they_would_be(monkeypatch, tmp_path):
-    import pocketmoe.cli.stats as stats_command
-
-    monkeypatch.setattr(stats_command, "last_run_path", lambda: tmp_path / "last-run.json")
-    result = invoke("stats")
-    assert result.exit_code == DataError.exit_code
-    assert str(tmp_path) in result.stderr
+def test_stats_without_a_run_says_where_they_would_be(models, tmp_path):
+    for arguments in (["stats"], ["stats", "--list"], ["stats", "1"]):
+        result = invoke(*arguments)
+        assert result.exit_code == DataError.exit_code
+        assert str(tmp_path) in result.stderr
 
 
-def test_stats_prints_the_report_of_the_last_run_or_of_a_file_as_text_json_or_html(models, monkeypatch, tmp_path):
-    import pocketmoe.cli.stats as stats_command
-
-    path = tmp_path / "last-run.json"
-    monkeypatch.setattr(stats_command, "last_run_path", lambda: path)
-    fakes_cli.FakeModel("fake", {}).stats().save(path)
-    assert "(2 of 200 tokens)" not in invoke("stats").stdout
+def test_stats_prints_the_report_of_the_latest_run_or_of_another_as_text_json_or_html(models, tmp_path):
     other = fakes_cli.FakeModel("fake", {})
     list(other.stream("two words"))
-    other.stats().save(tmp_path / "other.json")
-    text = invoke("stats", str(tmp_path / "other.json")).stdout
+    kept_runs.keep_run(other.stats())
+    kept_runs.keep_run(fakes_cli.FakeModel("fake", {}).stats())
+    assert "(2 of 200 tokens)" not in invoke("stats").stdout
+    text = invoke("stats", "2").stdout
     assert "(2 of 200 tokens)" in text
     assert "\x1b" not in text
+    latest, first = kept_runs.kept_runs()
+    assert invoke("stats", str(first)).stdout == text
+    assert "has 1 to 2" in invoke("stats", "3").stderr
     assert json.loads(invoke("stats", "--json").stdout)["format"] == "pocketmoe-report"
     page = tmp_path / "report.html"
     written = invoke("stats", "--html", str(page))
     assert (written.exit_code, written.stdout) == (0, "")
     assert page.read_text().startswith("<!DOCTYPE html>")
-    path.write_text("{")
+    latest.write_text("{")
     damaged = invoke("stats")
     assert damaged.exit_code == 3
-    assert str(path) in damaged.stderr
+    assert str(latest) in damaged.stderr
+    listed = invoke("stats", "--list")
+    assert listed.exit_code == 0
+    assert "  2  20" in listed.stdout and str(latest) in listed.stderr
+
+
+def test_runs_are_listed_and_two_of_them_compared(models):
+    for words in ("one", "one two three"):
+        invoke("run", "fake", words)
+    listed = invoke("stats", "--list").stdout
+    assert [line.split()[0] for line in listed.splitlines() if " 2.5 " in line] == ["1", "2"]
+    runs = json.loads(invoke("stats", "--list", "--json").stdout)
+    assert (runs["format"], runs["version"]) == ("pocketmoe-runs", 1)
+    assert [(run["number"], run["tokens"]) for run in runs["runs"]] == [(1, 3), (2, 1)]
+    assert runs["runs"][0]["tokens_per_second"] == pytest.approx(2.5)
+    compared = invoke("stats", "1", "--against", "2").stdout
+    assert "2.5 tokens/s against 2.5: no difference." in compared
+    assert next(line for line in compared.splitlines() if "tokens counted" in line).split()[2:] == [
+        "3",
+        "1",
+        "+200",
+        "%",
+    ]
+    both = json.loads(invoke("stats", "1", "--against", "2", "--json").stdout)
+    assert [both[name]["sample"]["answer_tokens"] for name in ("run", "against")] == [3, 1]
+    assert invoke("stats", "1", "--list").exit_code == UsageError.exit_code
 
 
 def test_the_version_is_printed():

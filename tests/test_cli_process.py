@@ -100,7 +100,7 @@ def test_an_interrupt_stops_a_one_shot_answer_keeps_what_was_streamed_and_leaves
     assert out.endswith(b"\n")
     assert errors.endswith(b"(stopped)\n")
     assert b"Traceback" not in errors
-    assert (tmp_path / "pocketmoe" / "last-run.json").exists()
+    assert list((tmp_path / "pocketmoe" / "runs").glob("*.json"))
 
 
 @posix
@@ -120,7 +120,7 @@ def test_termination_during_an_answer_leaves_with_143_and_keeps_the_statistics(e
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
     assert b"Traceback" not in errors
-    assert (tmp_path / "pocketmoe" / "last-run.json").exists()
+    assert list((tmp_path / "pocketmoe" / "runs").glob("*.json"))
 
 
 @posix

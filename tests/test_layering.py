@@ -21,7 +21,7 @@ ORDER = {
     "cache": (
         "expert units order published forecast hybrid policy manager trace history replay counters "
         "device_stats cost advice machine routing strategies simulate verdict report sections "
-        "report_text charts report_html stats self_test"
+        "report_text charts report_html stats past_runs answer_line self_test"
     ),
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (

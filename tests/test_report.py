@@ -74,6 +74,7 @@ def test_the_data_has_the_shape_of_version_1():
         "version": "int",
         "model": "str",
         "store": "NoneType",
+        "finished_at": "NoneType",
         "settings": {"codec": "str", "policy": "str", "io": "str", "kernels": "NoneType", "prefetch": "NoneType"},
         "memory": {"budget_bytes": "int", "peak_bytes": "int"},
         "sample": {
