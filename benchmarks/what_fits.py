@@ -35,10 +35,10 @@ uses: **estimates, not measurements.** For your own machine: `pocketmoe plan MOD
 
 Assumed: RAM read at {RATES.ram / 1e9:.0f} GB/s, the disk at {RATES.disk / 1e9:.1f}, VRAM at {RATES.vram / 1e9:.0f};
 {RAM_SHARE:.0%} of the RAM and {VRAM_SHARE:.0%} of the VRAM for pocketmoe, 400 MB of the latter for CUDA; experts in
-the default format (INT4, or MXFP4 where they ship so), the trunk in INT8, or in BF16 on a GPU; a context of
-{CONTEXT:,} tokens, and a conversation at its beginning; hits as in recorded decodes of gpt-oss-20b
-(`cache/hit_curve.py`). Without a GPU the formula gives 0.96 to 1.13 of the speeds that were measured
-(`tests/test_estimate.py`); with one it has not been compared with anything yet.
+the default format (INT4, or MXFP4 where they ship so), the trunk in INT8; a context of {CONTEXT:,} tokens, and a
+conversation at its beginning; hits as in recorded decodes of gpt-oss-20b (`cache/hit_curve.py`). Without a GPU the
+formula gives 0.96 to 1.13 of the speeds that were measured (`tests/test_estimate.py`); with one it has not been
+compared with anything yet.
 
 Cells are tokens per second. *Slanted*: some experts are read from the disk. `c`: the trunk does not fit into that GPU,
 so the CPU computes all. A dash: it does not fit, not even with experts on the disk."""

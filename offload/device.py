@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from ..quant.linear import MakeLinear
 from ..quant.triton_kernels import CAPABILITY
 from .errors import DeviceMemoryError, UsageError
 
@@ -57,6 +58,8 @@ class Device(Protocol):
     torch_device: torch.device
     lacks: str | None
     """Why the GPU kernels cannot run there; None if they can."""
+    linear: MakeLinear | None
+    """What multiplies by packed trunk matrices without them; None: these are dequantised."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory on the device, of undefined content. Raises DeviceMemoryError."""
@@ -167,10 +170,12 @@ class TorchDevice:
         UsageError: there is none of that name; says what there is.
     """
 
+    linear: MakeLinear | None = None
+
     def __init__(self, name: str) -> None:
         self.torch_device = require_device(name)
         self.name = str(self.torch_device)
-        self.lacks = _obstacle(self.torch_device)
+        self.lacks = kernel_obstacle(self.torch_device)
         torch.accelerator.set_device_index(self.torch_device.index or 0)
         self._copies = torch.Stream(device=self.torch_device)
         self._staging = torch.empty(0, dtype=torch.uint8)
@@ -284,7 +289,8 @@ def require_device(name: str) -> torch.device:
     return torch.device(device.type, device.index or 0)
 
 
-def _obstacle(device: torch.device) -> str | None:
+def kernel_obstacle(device: torch.device) -> str | None:
+    """Why the GPU kernels cannot run there, as a sentence; None if they can."""
     if device.type != "cuda":
         return f"The GPU kernels have not been made to work on {device.type}."
     if torch.version.hip is None and (found := torch.cuda.get_device_capability(device)) < CAPABILITY:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..quant.int8 import Int8Format
-from ..quant.linear import PackedMatrix, QuantLinear, linear_weight
+from ..quant.linear import NativeLinear, PackedMatrix, linear_weight
 from ..quant.native import FLOAT32, Matrix, NativeMatrix, NativePool
 from ..quant.native_step import Ends, NativeAttention, NativeLatentAttention, NativeMlp, Norm, Router, Token
 from .hf import Skeleton
@@ -149,7 +149,7 @@ def _latent_attention(
     pool: NativePool, ends: Ends, parts: LatentParts, scaling: float, pairs: int
 ) -> NativeLatentAttention:
     # One matrix holds what makes keys and what makes values; keys are needed transposed, which a packed one cannot be.
-    up, packed = linear_weight(parts.key_value_up), isinstance(parts.key_value_up, QuantLinear)
+    up, packed = linear_weight(parts.key_value_up), isinstance(parts.key_value_up, NativeLinear)
     heads = up.reshape(parts.heads, -1, up.shape[1])
     key_up = _HeadMatrices.of(pool, heads[:, : parts.plain].transpose(1, 2), packed)
     value_up = _HeadMatrices.of(pool, heads[:, parts.plain :], packed)
@@ -211,7 +211,7 @@ def _tensors_of(parts: AttentionParts | LatentParts | MlpParts) -> list[torch.Te
 
 
 def _matrix(module: nn.Module) -> Matrix:
-    if isinstance(module, QuantLinear):
+    if isinstance(module, NativeLinear):
         return module.matrix.spec
     assert isinstance(module, nn.Linear), module
     weight, bias = module.weight, module.bias

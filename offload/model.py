@@ -37,7 +37,7 @@ from .templates import make_template
 from .tiers import RamSlots
 from .tokenizer import load_tokenizer
 from .transfer import ThreadedTransfers
-from .trunk import load_packed_trunk
+from .trunk import find_linear, load_packed_trunk
 from .warm_start import WarmStart
 from .workspace import foresee
 
@@ -81,9 +81,9 @@ class Model:
         store, manifest = self._store, self._store.manifest
         pool = open_pool(config)
         hf.check_version(notice)
-        # Packed matrices compute in float32; with half-precision activations each would convert back and forth.
-        trunk_pool = pool if device is None else None
-        packed = manifest.trunk_packed if trunk_pool is not None else {}
+        linear = find_linear(pool, device, config)
+        # The CPU's kernels compute in float32; with half-precision activations each would convert back and forth.
+        packed = manifest.trunk_packed if linear is not None and device is None else {}
         skeleton = hf.build_skeleton(hf.read_config(self.path), torch.float32 if packed else None)
         if [site.layer for site in skeleton.sites] != manifest.layers:
             raise DataError(f"{self.path}: config.json and pocketmoe.json describe different experts; convert again")
@@ -100,14 +100,14 @@ class Model:
                 "type take no more onto their state"
             )
         plan, self.vram_plan = plan_load(
-            skeleton, manifest, config, self._workspace, self._kv_dtype, trunk_pool, device, notice
+            skeleton, manifest, config, self._workspace, self._kv_dtype, linear is not None, device, notice
         )
         needs = plan.needs
         if device is not None and self.vram_plan is not None and config.vram is not None:
             device.limit(config.vram - self.vram_plan.needs.program)
         with memory_errors("the GPU" if device is None else device.name):
             where = torch.device("cpu") if device is None else device.torch_device
-            load_packed_trunk(skeleton, store, trunk_pool, on_progress, where)
+            load_packed_trunk(skeleton, store, linear, on_progress, where)
             hf.find_router_norms(skeleton)  # also a first forward: libraries load what they need now, before we measure
         self.plan = plan = self._planned_again(plan)
         self._step_threads = 1 if packed else None

@@ -56,7 +56,7 @@ class Outline:
 
     @cached_property
     def on_gpu(self) -> Outline:
-        """The same model where a GPU holds the trunk, which does not stay packed there."""
+        """The same model where a GPU holds the trunk."""
         return self.of_gpu()
 
     @property
@@ -117,6 +117,7 @@ def read_outline(
     trunk: str | None = None,
     *,
     native: bool = True,
+    gpu_kernels: bool = True,
     options: OffloadConfig | None = None,
     name: str | None = None,
 ) -> Outline:
@@ -125,7 +126,8 @@ def read_outline(
     Args:
         codec: record format of a conversion; by default what `load` chooses.
         trunk: format of the large trunk matrices, likewise.
-        native: compiled kernels compute; without them nothing in the trunk is kept packed.
+        native: compiled kernels compute on the CPU; without them nothing in the trunk is kept packed.
+        gpu_kernels: the same of a GPU.
         name: what to call the model; by default what its directory is called.
 
     Raises:
@@ -161,14 +163,18 @@ def read_outline(
         else usual_formats(plain, packable, dtype, quantization, format_of(manifest, dtype))
     )
 
+    def has_kernels(on_gpu: bool) -> bool:
+        return gpu_kernels if on_gpu else native
+
     @cache
     def form(packed: bool, on_gpu: bool) -> tuple[hf.Skeleton, Workspace, Callable[[int], int]]:
-        skeleton = _skeleton(directory, config, torch.float32) if packed and dtype != torch.float32 else plain
-        workspace, kv_dtype = foresee(skeleton, native, packed, options.kv, not on_gpu)
+        in_float = packed and not on_gpu and dtype != torch.float32
+        skeleton = _skeleton(directory, config, torch.float32) if in_float else plain
+        workspace, kv_dtype = foresee(skeleton, has_kernels(on_gpu), packed, options.kv, not on_gpu)
         return skeleton, workspace, _kv_growth(skeleton, options.prefill_chunk, kv_dtype)
 
     def made(manifest: Manifest, on_gpu: bool) -> Outline:
-        packs = native and not on_gpu
+        packs = has_kernels(on_gpu)
         skeleton, workspace, kv_bytes = form(packs and bool(manifest.trunk_packed), on_gpu)
         dropped = plain.model.all_tied_weights_keys
         return Outline(

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch
 
-from ..quant.native import NativePool
 from . import hf, memory
 from .config import OffloadConfig
 from .device import Device
@@ -32,14 +31,14 @@ def plan_load(
     config: OffloadConfig,
     workspace: Workspace,
     kv_dtype: torch.dtype | None,
-    pool: NativePool | None,
+    packed: bool,
     device: Device | None,
     on_notice: OnNotice,
 ) -> tuple[memory.MemoryPlan, VramPlan | None]:
     """Divide RAM, and a device's memory, for the context that was asked for or the largest usual one that fits.
 
     Args:
-        pool: what keeps the trunk's matrices packed; None = they are dequantised.
+        packed: the trunk's packed matrices stay so in memory.
 
     Raises:
         UsageError: the context is longer than the model's.
@@ -56,7 +55,7 @@ def plan_load(
     def needs_of(context: int) -> memory.Needs:
         return memory.Needs(
             program=program,
-            trunk=trunk_bytes(manifest, skeleton, pool is not None),
+            trunk=trunk_bytes(manifest, skeleton, packed),
             kv=kv_bytes(context),
             workspace=workspace.bytes(min(config.prefill_chunk, context), context),
             step=workspace.bytes(1, context),

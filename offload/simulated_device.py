@@ -9,6 +9,7 @@ travels gives wrong numbers, the same ones for the same seed.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import weakref
@@ -17,7 +18,10 @@ from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from ..quant.linear import MakeLinear, PackedMatrix, QuantLinear
 from .device import Mark, OnItsWay
 from .errors import DeviceMemoryError
 
@@ -81,6 +85,22 @@ class _Fetched:
         return self._tensors
 
 
+class _LateLinear(QuantLinear):
+    """The matrix is dequantised when the queue comes to it."""
+
+    def __init__(
+        self, device: SimulatedDevice, packed: PackedMatrix, dtype: torch.dtype, bias: nn.Parameter | None
+    ) -> None:
+        super().__init__(packed, dtype, bias)
+        self._device = device
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._device.empty((*x.shape[:-1], self.out_features), x.dtype)
+        self._device.launch(lambda: y.copy_(F.linear(x, self.packed.dequantize(x.dtype), self.bias)))
+        self._device.join()
+        return y
+
+
 class SimulatedDevice:
     """A `Device` in virtual time.
 
@@ -103,6 +123,7 @@ class SimulatedDevice:
         may_pin: bool = True,
     ) -> None:
         self.speeds, self.capacity, self.fail_at, self.may_pin = speeds, capacity, fail_at, may_pin
+        self.linear: MakeLinear | None = functools.partial(_LateLinear, self)
         self.now = 0.0
         self.allocations = self.allocated_bytes = self.copied_bytes = 0
         self.waits = 0

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 from ..cache.hit_curve import RECORDED, HitCurve
 from ..quant.native import load_native
+from ..quant.triton_kernels import load_triton
 from . import hub, memory, probe
 from .apart import run_apart
 from .checkpoint_files import CONFIG
 from .config import DEFAULT_TRUNK
+from .device import default_device, kernel_obstacle, require_device
 from .device_tier import LEAVE_FREE
 from .errors import MemoryBudgetError, UsageError
 from .estimate import Rates
@@ -76,7 +78,7 @@ def survey(
     """
     path, name = _locate(str(model))
     native = load_native() is not None
-    outline = read_outline(path, codec, trunk, native=native, name=name)
+    outline = read_outline(path, codec, trunk, native=native, gpu_kernels=_gpu_kernels(), name=name)
     if context and context > outline.longest:
         raise UsageError(
             f"context {context:,} is more than the {outline.longest:,} tokens that this model was made for"
@@ -117,6 +119,12 @@ def _program_bytes(path: Path) -> int:
     resident = memory.resident_bytes() + LOADED_LATER
     del tokenizer
     return resident
+
+
+def _gpu_kernels() -> bool:
+    """Whether they can run on this machine's GPU; of one that is not here they are taken to."""
+    name = default_device()
+    return name == "cpu" or (kernel_obstacle(require_device(name)) is None and load_triton() is not None)
 
 
 def _free_vram() -> int | None:

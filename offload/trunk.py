@@ -1,15 +1,21 @@
-"""Loading the trunk: plain tensors as they are, packed matrices into modules that keep them packed."""
+"""Loading the trunk: plain tensors as they are, packed matrices into modules that keep them packed where there is a
+kernel that multiplies by them so."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..quant.linear import PackedMatrix, QuantEmbedding, QuantLinear, matrix_format
+from ..quant.linear import MakeLinear, NativeLinear, PackedMatrix, QuantEmbedding, matrix_format
 from ..quant.native import NativePool
+from ..quant.triton_kernels import load_triton
+from ..quant.triton_linear import TritonLinear
+from .config import OffloadConfig
+from .device import Device
 from .hf import Skeleton, load_trunk
 from .manifest import Manifest
 from .source import OnProgress
@@ -18,15 +24,23 @@ from .store import ExpertStore
 _CPU = torch.device("cpu")
 
 
+def find_linear(pool: NativePool | None, device: Device | None, config: OffloadConfig) -> MakeLinear | None:
+    """What multiplies by packed matrices where the trunk lies; None where they have to be dequantised."""
+    if device is None:
+        return None if pool is None else functools.partial(NativeLinear, pool)
+    if config.kernels != "torch" and device.lacks is None and load_triton() is not None:
+        return TritonLinear
+    return device.linear
+
+
 def load_packed_trunk(
     skeleton: Skeleton,
     store: ExpertStore,
-    pool: NativePool | None,
+    linear: MakeLinear | None,
     on_progress: OnProgress | None,
     device: torch.device = _CPU,
 ) -> None:
-    """Load a store's trunk. Packed matrices stay packed where there are native kernels, else they are dequantised, on
-    `device`."""
+    """Load a store's trunk. Packed matrices stay so if `linear` is not None, else they are dequantised, on `device`."""
     entries, model = store.manifest.trunk_packed, skeleton.model
     packed: dict[str, PackedMatrix] = {}
     ties = dict(model.all_tied_weights_keys)
@@ -38,17 +52,17 @@ def load_packed_trunk(
                 continue
             entry = entries[name]
             matrix = PackedMatrix(tensor.to(device), entry.rows, entry.cols, matrix_format(entry.format))
-            if pool is None:
+            if linear is None:
                 yield name, matrix.dequantize(skeleton.dtypes[name])
             else:
                 packed[name] = matrix
-                _replace(model, name, matrix, pool)
+                _replace(model, name, matrix, linear)
 
-    load_trunk(skeleton, plain(), stand_ins=set() if pool is None else set(entries), device=device)
-    if pool is not None:
+    load_trunk(skeleton, plain(), stand_ins=set() if linear is None else set(entries), device=device)
+    if linear is not None:
         for target, source in ties.items():
             if source in packed:
-                _replace(model, target, packed[source], pool)
+                _replace(model, target, packed[source], linear)
 
 
 def trunk_bytes(manifest: Manifest, skeleton: Skeleton, packed: bool) -> int:
@@ -69,7 +83,7 @@ def largest_tensor(manifest: Manifest, skeleton: Skeleton) -> int:
     return max(sizes, default=0)
 
 
-def _replace(model: Any, name: str, matrix: PackedMatrix, pool: NativePool) -> None:
+def _replace(model: Any, name: str, matrix: PackedMatrix, linear: MakeLinear) -> None:
     """Put the packed twin of a Linear or Embedding into its place."""
     path = name.removesuffix(".weight")
     parent_path, _, leaf = path.rpartition(".")
@@ -77,5 +91,5 @@ def _replace(model: Any, name: str, matrix: PackedMatrix, pool: NativePool) -> N
     if isinstance(old, nn.Embedding):
         new: nn.Module = QuantEmbedding(matrix, old.weight.dtype)
     else:
-        new = QuantLinear(pool, matrix, old.bias)
+        new = linear(matrix, old.weight.dtype, old.bias)
     setattr(model.get_submodule(parent_path), leaf, new)

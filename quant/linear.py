@@ -1,7 +1,11 @@
-"""Trunk matrices that stay packed: a Linear and an Embedding over INT8 or INT4 bytes, on the experts' kernels."""
+"""Trunk matrices that stay packed: a Linear and an Embedding over INT8 or INT4 bytes.
+
+The Linear here computes on the CPU with the experts' kernels; `triton_linear.py` has that of a GPU.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -125,19 +129,44 @@ class PackedWeight(torch.Tensor):
 
 
 class QuantLinear(nn.Module):
-    """`nn.Linear` whose weight stays packed. Computes in float32 and returns the input's dtype."""
+    """`nn.Linear` whose weight stays packed; what multiplies by it is a subclass's.
 
-    def __init__(self, pool: NativePool, packed: PackedMatrix, bias: nn.Parameter | None = None) -> None:
+    Args:
+        dtype: that the model's code finds its weight to be of.
+        bias: [out_features], or None.
+    """
+
+    def __init__(self, packed: PackedMatrix, dtype: torch.dtype, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = packed.cols, packed.rows
-        self.packed = packed
+        self.packed, self.dtype = packed, dtype
         self.bias = bias
-        self._pool = pool
-        self._matrix: NativeMatrix | None = None
 
     @property
     def weight(self) -> PackedWeight:
-        return PackedWeight.of(self.packed, torch.float32)
+        return PackedWeight.of(self.packed, self.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] to [..., out_features], in the same dtype."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.packed.format}"
+
+
+MakeLinear = Callable[[PackedMatrix, torch.dtype, nn.Parameter | None], QuantLinear]
+"""A `QuantLinear` of some kind, from the arguments of its base."""
+
+
+class NativeLinear(QuantLinear):
+    """On the CPU. Computes in float32."""
+
+    def __init__(
+        self, pool: NativePool, packed: PackedMatrix, dtype: torch.dtype, bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__(packed, dtype, bias)
+        self._pool = pool
+        self._matrix: NativeMatrix | None = None
 
     @property
     def matrix(self) -> NativeMatrix:
@@ -149,11 +178,7 @@ class QuantLinear(nn.Module):
         return self._matrix
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] to [..., out_features]."""
         return self.matrix(x.float().contiguous()).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.packed.format}"
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor:

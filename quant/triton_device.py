@@ -1,8 +1,10 @@
 """The GPU's side of `triton_kernels.py`, which loads it twice: compiled, and for Triton's interpreter on a CPU.
 
-Each kernel computes y = activation(W_gate x + bias, W_up x + bias) for some assignments of many experts, or plain
-W x + bias. `int4.py` and `mxfp4.py` describe the bytes; codes are multiplied as the integers they are, and each group's
+`int4.py`, `int8.py` and `mxfp4.py` describe the bytes; codes are multiplied as the integers they are, and each group's
 sum is scaled. Used of Triton's library is only what its interpreter runs beside compiled code: no `tl.sum`, for one.
+
+The experts' kernels compute y = activation(W_gate x + bias, W_up x + bias) for some assignments of many experts, or
+plain W x + bias:
 
 table  int64 [pieces, 3], pieces of work: the record's address, its first assignment, how many
 first  the first piece of this launch; program (p, b) has piece first + p and the b-th part of the matrices' rows
@@ -11,6 +13,13 @@ addresses  int64 [experts], of their records
 x      float32 [tokens, P.cols]; which of its rows an assignment has is in `rows`, int32, if P.gather, else its own
 y      float32 [assignments, P.rows]
 P      `triton_kernels.Projection`
+
+Those of the trunk compute y = W x + bias with one matrix:
+
+weight uint8, the packed matrix
+bias   [P.rows] in any dtype, or None
+x, y   [tokens, P.cols] and [tokens, P.rows] in any dtype of at most 32 bits; sums are float32
+P      `triton_kernels.PackedShape`
 """
 
 # Triton's language has constants and pointers that Python's types do not describe.
@@ -27,7 +36,8 @@ import triton.language as tl
 def matvec(table, first, x, rows, y, P: tl.constexpr, CHUNKS: tl.constexpr):
     """One assignment and one block of 16 rows, in float32.
 
-    A chunk is 16 rows x 8 columns of codes, 64 bytes; the program reads CHUNKS of them, which lie together, at once.
+    A chunk is 16 rows x P.word columns of codes, 64 bytes; the program reads CHUNKS of them, which lie together, at
+    once.
     """
     record, assignment, _ = _piece(table, first)
     source = tl.load(rows + assignment).to(tl.int64) if P.gather else assignment
@@ -52,7 +62,7 @@ def _one_assignment(record, assignment, source, x, y, P: tl.constexpr, CHUNKS: t
     block_at = block * (P.head + P.body)
     up = tl.full([CHUNKS, 16], 0.0, tl.float32)
     gate = tl.full([CHUNKS, 16], 0.0, tl.float32)
-    for start in range(0, P.padded // 8, CHUNKS):
+    for start in range(0, P.padded // P.word, CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
         up += _chunk_products(record + P.up + block_at, chunk, x + source * P.cols, P, CHUNKS)
         if P.gate is not None:
@@ -66,18 +76,19 @@ def _one_assignment(record, assignment, source, x, y, P: tl.constexpr, CHUNKS: t
 @triton.jit
 def _chunk_products(block, chunk, x, P: tl.constexpr, CHUNKS: tl.constexpr):
     """For some chunks of one block each row's sum of weights times x, float32 [CHUNKS, 16]."""
-    inside = ((chunk * 8 < P.padded) | (P.padded % (8 * CHUNKS) == 0))[:, None]
+    word: tl.constexpr = P.word
+    inside = ((chunk * word < P.padded) | (P.padded % (word * CHUNKS) == 0))[:, None]
     lane = tl.arange(0, 16)[None, :]
     words = _read(block + P.head, chunk[:, None] * 16 + lane, inside, tl.int32)
     products = tl.full([CHUNKS, 16], 0.0, tl.float32)
     x_sum = tl.full([CHUNKS], 0.0, tl.float32)
-    for j in tl.static_range(8):
-        column = chunk * 8 + j
-        x_j = tl.load(x + column, mask=(column < P.cols) | (P.cols % (8 * CHUNKS) == 0), other=0.0)
+    for j in tl.static_range(word):
+        column = chunk * word + j
+        x_j = tl.load(x + column, mask=(column < P.cols) | (P.cols % (word * CHUNKS) == 0), other=0.0).to(tl.float32)
         products += _codes(words >> (j % 4 * 8 + j // 4 * 4), P) * x_j[:, None]
         x_sum += x_j
     # Four at a time as the words are: eight float16 would make 16 bytes, and threads that skip every other 16 of words.
-    at = tl.max_contiguous((chunk // (P.group // 8))[:, None] * 16 + lane, [1, 4])
+    at = tl.max_contiguous((chunk // (P.group // word))[:, None] * 16 + lane, [1, 4])
     products *= _scales(block, at, inside, P)
     if P.minimums is not None:
         products += x_sum[:, None] * _read(block + P.minimums, at, inside, tl.float16)
@@ -108,15 +119,16 @@ def matmul(
     assignment = start + token
     source = tl.load(rows + assignment, mask=present, other=0).to(tl.int64) if P.gather else assignment
     row = tl.program_id(1) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    there = row < (P.rows + 15) // 16 * 16
     up = tl.full([TILE_ROWS, TOKENS], 0.0, tl.float32)
     gate = tl.full([TILE_ROWS, TOKENS], 0.0, tl.float32)
     for k in range(0, P.padded, TILE_COLS):
         column = k + tl.arange(0, TILE_COLS)
         inside = present[None, :] & ((column < P.cols) | (P.cols % TILE_COLS == 0))[:, None]
         x_tile = tl.load(x + source[None, :] * P.cols + column[:, None], mask=inside, other=0.0)
-        up += _tile_products(record + P.up, row, k, x_tile, P, TILE_ROWS, TILE_COLS, OPERAND)
+        up += _tile_products(record + P.up, row, there, k, x_tile, P, TILE_ROWS, TILE_COLS, OPERAND)
         if P.gate is not None:
-            gate += _tile_products(record + P.gate, row, k, x_tile, P, TILE_ROWS, TILE_COLS, OPERAND)
+            gate += _tile_products(record + P.gate, row, there, k, x_tile, P, TILE_ROWS, TILE_COLS, OPERAND)
     up += _bias(record, P.up_bias, row, P)[:, None]
     gate += _bias(record, P.gate_bias, row, P)[:, None]
     y_at = assignment[None, :] * P.rows + row[:, None]
@@ -125,26 +137,85 @@ def matmul(
 
 @triton.jit
 def _tile_products(
-    matrix, row, k, x_tile, P: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, OPERAND: tl.constexpr
+    matrix,
+    row,
+    there,
+    k,
+    x_tile,
+    P: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLS: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
     """The sums of weights times x over TILE_COLS columns from k on, all of one group: float32 [TILE_ROWS, TOKENS]."""
-    valid = row < (P.rows + 15) // 16 * 16
+    word: tl.constexpr = P.word
     block = row // 16 * (P.head + P.body)
-    chunk = k // 8 + tl.arange(0, TILE_COLS // 8)
-    words = _read(matrix + P.head, (block // 4 + row % 16)[:, None] + (chunk * 16)[None, :], valid[:, None], tl.int32)
-    nibble = tl.arange(0, 8)
-    words = words[:, :, None] >> (nibble % 4 * 8 + nibble // 4 * 4)[None, None, :]
+    chunk = k // word + tl.arange(0, TILE_COLS // word)
+    words = _read(matrix + P.head, (block // 4 + row % 16)[:, None] + (chunk * 16)[None, :], there[:, None], tl.int32)
+    place = tl.arange(0, word)
+    words = words[:, :, None] >> (place % 4 * 8 + place // 4 * 4)[None, None, :]
     codes = tl.reshape(_codes(words, P), [TILE_ROWS, TILE_COLS]).to(OPERAND)
-    x_high = x_tile.to(tl.bfloat16)
-    x_low = (x_tile - x_high.to(tl.float32)).to(tl.bfloat16)
-    products = tl.dot(codes, x_low.to(OPERAND), input_precision="ieee")
-    products = tl.dot(codes, x_high.to(OPERAND), products, input_precision="ieee")
-    at = block // (1 if P.mxfp4 else 2) + k // P.group * 16 + row % 16  # in bytes of MXFP4 or in float16
-    products *= _scales(matrix, at, valid, P)[:, None]
+    if x_tile.dtype == tl.float32:
+        x_high = x_tile.to(tl.bfloat16)
+        x_low = (x_tile - x_high.to(tl.float32)).to(tl.bfloat16)
+        products = tl.dot(codes, x_low.to(OPERAND), input_precision="ieee")
+        products = tl.dot(codes, x_high.to(OPERAND), products, input_precision="ieee")
+    else:
+        products = tl.dot(codes, x_tile.to(OPERAND), input_precision="ieee")
+    at = block // (1 if P.codes == "mxfp4" else 2) + k // P.group * 16 + row % 16  # in bytes of MXFP4 or in float16
+    products *= _scales(matrix, at, there, P)[:, None]
     if P.minimums is not None:
-        x_sum = tl.reduce(x_tile, 0, tl.standard._sum_combine)
-        products += _read(matrix + P.minimums, at, valid, tl.float16)[:, None] * x_sum[None, :]
+        x_sum = tl.reduce(x_tile.to(tl.float32), 0, tl.standard._sum_combine)
+        products += _read(matrix + P.minimums, at, there, tl.float16)[:, None] * x_sum[None, :]
     return products
+
+
+@triton.jit
+def linear_matvec(weight, bias, x, y, P: tl.constexpr, CHUNKS: tl.constexpr):
+    """One row of x and one block of 16 rows, in float32."""
+    token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    packed = weight + block.to(tl.int64) * (P.head + P.body)
+    sums = tl.full([CHUNKS, 16], 0.0, tl.float32)
+    for start in range(0, P.padded // P.word, CHUNKS):
+        sums += _chunk_products(packed, start + tl.arange(0, CHUNKS), x + token * P.cols, P, CHUNKS)
+    row = block * 16 + tl.arange(0, 16)
+    out = tl.reduce(sums, 0, tl.standard._sum_combine)
+    if bias is not None:
+        out += tl.load(bias + row, mask=row < P.rows, other=0.0).to(tl.float32)
+    tl.store(y + token * P.rows + row, out.to(y.dtype.element_ty), mask=row < P.rows)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def linear_matmul(
+    weight,
+    bias,
+    x,
+    y,
+    tokens,
+    P: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLS: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """Up to TOKENS rows of x and TILE_ROWS rows, as in `matmul`; but x of 16 bits is multiplied as it is, and OPERAND
+    is its type."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    present, tile = token < tokens, tl.program_id(1).to(tl.int64)
+    inner_row = tl.arange(0, TILE_ROWS)
+    row = tile * TILE_ROWS + inner_row
+    packed = weight + tile * (TILE_ROWS // 16 * (P.head + P.body))
+    sums = tl.full([TILE_ROWS, TOKENS], 0.0, tl.float32)
+    for k in range(0, P.padded, TILE_COLS):
+        column = k + tl.arange(0, TILE_COLS)
+        inside = present[None, :] & ((column < P.cols) | (P.cols % TILE_COLS == 0))[:, None]
+        x_tile = tl.load(x + token[None, :] * P.cols + column[:, None], mask=inside, other=0.0)
+        there = row < (P.rows + 15) // 16 * 16
+        sums += _tile_products(packed, inner_row, there, k, x_tile, P, TILE_ROWS, TILE_COLS, OPERAND)
+    if bias is not None:
+        sums += tl.load(bias + row, mask=row < P.rows, other=0.0).to(tl.float32)[:, None]
+    y_at = token[None, :] * P.rows + row[:, None]
+    tl.store(y + y_at, sums.to(y.dtype.element_ty), mask=present[None, :] & (row < P.rows)[:, None])
 
 
 @triton.jit
@@ -162,11 +233,13 @@ def _read(data, index, inside, dtype: tl.constexpr):
 
 @triton.jit
 def _codes(words, P: tl.constexpr):
-    """What the lowest four bits stand for before scaling, float32. 2^23 + i has the bits of 2^23, plus i."""
-    if P.mxfp4:
+    """What the lowest bits stand for before scaling, float32. 2^23 + i has the bits of 2^23, plus i."""
+    if P.codes == "mxfp4":
         doubled = (0xC8643210 >> ((words & 7) * 4).to(tl.uint32)) & 15  # nibble i is `mxfp4.DOUBLED[i]`
         magnitude = (doubled | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
         codes = tl.where((words & 8) != 0, -magnitude, magnitude)
+    elif P.codes == "int8":
+        codes = ((words & 255) | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + 128)
     else:
         zero: tl.constexpr = 8388608.0 + (8 if P.minimums is None else 0)
         codes = ((words & 15) | 0x4B000000).to(tl.float32, bitcast=True) - zero
@@ -175,7 +248,7 @@ def _codes(words, P: tl.constexpr):
 
 @triton.jit
 def _scales(data, index, inside, P: tl.constexpr):
-    if P.mxfp4:
+    if P.codes == "mxfp4":
         scales = (_read(data, index, inside, tl.uint8).to(tl.int32) << 23).to(tl.float32, bitcast=True)
     else:
         scales = _read(data, index, inside, tl.float16).to(tl.float32)

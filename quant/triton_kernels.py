@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from .activations import KINDS, Activation
 from .codecs import ExpertShape, RecordLayout
 from .int4 import ROW_BLOCK, Int4Format, round_up
+from .int8 import Int8Format
 from .mxfp4 import Mxfp4Format
 
 if TYPE_CHECKING:
@@ -90,20 +91,14 @@ def device_code(interpret: bool) -> Any:
 
 
 @dataclass(frozen=True)
-class Projection:
-    """What a kernel is compiled for: one launch's matrices, and what to do with their products.
-
-    Offsets are in bytes, from the record's start, or for `minimums` from the start of a block of 16 rows.
-    """
+class PackedShape:
+    """How a kernel reads a packed matrix."""
 
     rows: int
     cols: int
-    up: int
-    gate: int | None
-    up_bias: int | None
-    gate_bias: int | None
-    activation: Activation | None
-    gather: bool
+    codes: Literal["int4", "int8", "mxfp4"]
+    word: int
+    """Columns in four bytes of codes."""
     group: int
     padded: int
     """Columns with their padding."""
@@ -111,7 +106,39 @@ class Projection:
     body: int
     """Bytes of the scales and of the codes of a block of 16 rows."""
     minimums: int | None
-    mxfp4: bool
+    """Where the minimums lie in such a block, in bytes."""
+
+    @classmethod
+    def of(cls, fmt: Int4Format | Int8Format | Mxfp4Format, rows: int, cols: int) -> PackedShape:
+        padded, wide = round_up(cols, fmt.group), isinstance(fmt, Int8Format)
+        head, body = fmt.block_bytes(cols)
+        asymmetric = isinstance(fmt, Int4Format) and not fmt.symmetric
+        return cls(
+            rows=rows,
+            cols=cols,
+            codes="int8" if wide else "mxfp4" if isinstance(fmt, Mxfp4Format) else "int4",
+            word=4 if wide else 8,
+            group=fmt.group,
+            padded=padded,
+            head=head,
+            body=body,
+            minimums=padded // fmt.group * ROW_BLOCK * 2 if asymmetric else None,
+        )
+
+
+@dataclass(frozen=True)
+class Projection(PackedShape):
+    """What an expert's kernel is compiled for: one launch's matrices, and what to do with their products.
+
+    Offsets are in bytes from the record's start.
+    """
+
+    up: int
+    gate: int | None
+    up_bias: int | None
+    gate_bias: int | None
+    activation: Activation | None
+    gather: bool
 
 
 class Launch(NamedTuple):
@@ -176,24 +203,14 @@ class TritonKernels:
 
         def projection(cols: int, up: str, gate: str | None, activation: Activation | None) -> Projection:
             offsets = {name: part.offset for name, part in layout.parts.items()}
-            head, body = fmt.block_bytes(cols)
-            asymmetric = isinstance(fmt, Int4Format) and not fmt.symmetric
-            padded = round_up(cols, fmt.group)
             return Projection(
-                rows=layout.parts[up].shape[0],
-                cols=cols,
+                **vars(PackedShape.of(fmt, layout.parts[up].shape[0], cols)),
                 up=offsets[up],
                 gate=offsets[gate] if gate else None,
                 up_bias=offsets.get(f"{up}_bias"),
                 gate_bias=offsets.get(f"{gate}_bias"),
                 activation=activation,
                 gather=activation is not None,
-                group=fmt.group,
-                padded=padded,
-                head=head,
-                body=body,
-                minimums=padded // fmt.group * ROW_BLOCK * 2 if asymmetric else None,
-                mxfp4=isinstance(fmt, Mxfp4Format),
             )
 
         self.shape = shape
@@ -249,10 +266,15 @@ class Variant(NamedTuple):
     """Rows of the matrices that one program computes."""
 
 
+def launch_options(tokens: int) -> dict[str, Any]:
+    """What Triton compiles a kernel with whose programs compute so many rows."""
+    # Triton's default for contracting products and sums to fma changes between its versions.
+    return {"num_warps": MATVEC_WARPS if tokens == 1 else TILE_WARPS, "enable_fp_fusion": True}
+
+
 def variant(tokens: int, p: Projection, code: Any, interpret: bool) -> Variant:
     """The kernel of `code`, a copy of `triton_device.py`, for pieces of so many rows."""
-    # Triton's default for contracting products and sums to fma changes between its versions.
-    options = {"num_warps": MATVEC_WARPS if tokens == 1 else TILE_WARPS, "enable_fp_fusion": True}
+    options = launch_options(tokens)
     if tokens == 1:
         chunks = min(MATVEC_CHUNKS, key=lambda n: round_up(p.padded // 8, n))
         return Variant(code.matvec, {"P": p, "CHUNKS": chunks}, options, ROW_BLOCK)

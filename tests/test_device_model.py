@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from pocketmoe.offload import packing
 from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.config import OffloadConfig
 from pocketmoe.offload.convert import convert
@@ -25,7 +26,9 @@ FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 def store(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param)
     tiny.make_checkpoint(path / "source", request.param, num_key_value_heads=4)
-    return convert(CheckpointSource(path / "source"), path / "store", "int4-g32", trunk="keep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "SMALLEST", 0)
+        return convert(CheckpointSource(path / "source"), path / "store", "int4-g32", trunk="int8-g32")
 
 
 def opened(store, device: SimulatedDevice | None = None, device_name: str = "auto", **options) -> Model:
@@ -64,6 +67,22 @@ def test_logits_are_those_of_the_cpu_to_the_bit_whatever_lies_where(store):
                     assert torch.equal(got, expected), (slots, ram)
 
 
+def test_the_trunk_takes_of_the_device_what_was_planned_whether_it_stays_packed_or_not(store):
+    plans = []
+    for kernels in (True, False):
+        device = SimulatedDevice()
+        if not kernels:
+            device.linear = None
+        with opened(store, device) as model:
+            trunk = model.transformers_model
+            packed = [module.packed.data for module in trunk.modules() if hasattr(module, "packed")]
+            placed = [*packed, *trunk.state_dict().values()]
+            assert model.vram_plan is not None and bool(packed) is kernels
+            assert model.vram_plan.needs.trunk == sum(tensor.nbytes for tensor in placed)
+            plans.append(model.vram_plan.needs.trunk)
+    assert plans[0] < plans[1] / 2
+
+
 def test_a_share_for_the_cpu_stays_within_rounding(store):
     with opened(store) as model:
         want = answer(model)
@@ -82,7 +101,7 @@ def test_memory_that_runs_out_once_costs_slots_and_changes_nothing(store):
         1,
         2,
         3,
-        *range(5, used, 4),
+        *range(5, used, 11),
     ):  # at the first of all, in the middle of a prompt, of an answer, of any layer
         device = SimulatedDevice(1, HASTY)
         config = OffloadConfig.of(kernels="torch", ram="4GB", context=128, prefill_chunk=16, deterministic=True)

@@ -20,19 +20,12 @@ from pocketmoe.quant.activations import Activation
 from pocketmoe.quant.codecs import ExpertShape, get_codec, packed_format, record_layout
 from pocketmoe.quant.kernels import ExpertJob
 from pocketmoe.quant.triton_kernels import Launch, Schedule, TritonError, TritonKernels, schedule
-
-needs_triton = pytest.mark.skipif(triton_kernels.load_triton() is None, reason=triton_kernels.why_missing())
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here")
+from triton_devices import DEVICES, needs_triton
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=needs_triton, id="interpreter"),
-        pytest.param("cuda", marks=[needs_triton, needs_gpu, pytest.mark.cuda]),
-    ]
-)
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+    return request.param
 
 
 def make_kernels(codec: str, shape: ExpertShape, activation: Activation = SILU) -> TritonKernels:

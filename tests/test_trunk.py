@@ -11,9 +11,9 @@ from pocketmoe.offload.convert import convert
 from pocketmoe.offload.loading import load
 from pocketmoe.offload.store import ExpertStore
 from pocketmoe.quant.linear import (
+    NativeLinear,
     PackedMatrix,
     QuantEmbedding,
-    QuantLinear,
     matrix_format,
     matrix_format_names,
 )
@@ -44,7 +44,7 @@ def test_a_packed_linear_gives_the_product_with_the_dequantised_matrix_in_the_in
     weight, bias = torch.randn(97, 72, generator=generator), torch.randn(97, generator=generator)
     packed = PackedMatrix.pack(weight, matrix_format("int8-g32"))
     x = torch.randn(2, 3, 72, generator=generator).to(dtype)
-    got = QuantLinear(NativePool(1), packed, torch.nn.Parameter(bias))(x)
+    got = NativeLinear(NativePool(1), packed, dtype, torch.nn.Parameter(bias))(x)
     want = torch.nn.functional.linear(x.float(), packed.dequantize(), bias)
     # Activations are rounded by at most half a step, 1/254 of the largest of 32; bf16 rounds the result once more.
     steps = torch.nn.functional.pad(x.float(), (0, 24)).unflatten(-1, (3, 32)).abs().amax(-1) / 254
