@@ -333,6 +333,26 @@ def test_with_everything_on_the_device_the_caller_waits_once_a_token_and_misses_
     assert books[0][3].__dict__ == books[1][3].__dict__
 
 
+def test_a_token_that_fails_is_not_heard_of_later(monkeypatch):
+    world = everything_resident()
+    world.runtime.stats.reset()
+    first, second, *_ = said = tokens(5, 2)
+    world.run(*first)
+    with monkeypatch.context() as patch:
+        patch.setattr(world.device, "launch", out_of_memory)
+        with pytest.raises(DeviceMemoryError):
+            world.run(*second)
+    assert world.runtime.table.full
+    for layer, index in said[LAYERS:]:
+        assert torch.equal(world.run(layer, index), wanted(layer, index))
+    assert [counters.requests for counters in world.runtime.stats.per_layer] == [TOP_K] * LAYERS
+    world.check()
+
+
+def out_of_memory(*_: object) -> None:
+    raise DeviceMemoryError("full")
+
+
 def test_the_device_finds_what_the_caller_calls_hits_later():
     world = World(slots=LAYERS * TOP_K, deterministic=True)
     for token in ([5, 2], [5, 1]):
