@@ -1,6 +1,7 @@
 """Whether the report's advice is true: a model at several budgets, its speed beside what the runs said of each other.
 
-    python -m benchmarks.advice STORE [--shares 30 40 54 75 100] [--rounds 2] [--ram 6GB] [--json]
+    python -m benchmarks.advice STORE [--shares 30 40 54 75 100] [--rounds 2] [--ram 6GB] [--prompts 4] [--only-on]
+        [--json]
 
 Every run is a process of its own: the prompts once to warm up, and once counted, with and without prefetch in turns.
 Each run with prefetch is then asked, from its own statistics alone, what the other budgets would give. Ratios are
@@ -27,7 +28,7 @@ PROMPTS = (
 TOKENS = 80
 
 
-def run_once(store: Path, slots: int, prefetch: bool, ram: str, out: Path) -> None:
+def run_once(store: Path, slots: int, prefetch: bool, ram: str, prompts: int, out: Path) -> None:
     """Leaves the statistics of one run in `out`."""
     from pocketmoe.offload import load
 
@@ -35,7 +36,7 @@ def run_once(store: Path, slots: int, prefetch: bool, ram: str, out: Path) -> No
         for counted in (False, True):
             if counted:
                 model.reset_stats()
-            for seed, prompt in enumerate(PROMPTS):
+            for seed, prompt in enumerate(PROMPTS[:prompts]):
                 model.generate(prompt, max_tokens=TOKENS, temperature=0.7, seed=seed)
         model.stats(advice=True).save(out)
 
@@ -53,12 +54,14 @@ def main() -> None:
     parser.add_argument("--shares", type=int, nargs="+", default=[30, 40, 54, 75, 100], help="slots, %% of the experts")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ram", default="6GB", help="budget of each run, so large that only --shares counts")
+    parser.add_argument("--prompts", type=int, default=4, help="of 80 tokens each, to warm up and again to count")
+    parser.add_argument("--only-on", action="store_true", help="leave out the runs without prefetch")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        slots, prefetch, ram, out = args.one
-        run_once(args.store, int(slots), prefetch == "True", ram, Path(out))
+        slots, prefetch, ram, prompts, out = args.one
+        run_once(args.store, int(slots), prefetch == "True", ram, int(prompts), Path(out))
         return
 
     from pocketmoe.cache.advice import advise
@@ -74,9 +77,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for round_ in range(args.rounds):
             for size in sizes:
-                for prefetch in (True, False) if round_ % 2 == 0 else (False, True):
+                for prefetch in (True,) if args.only_on else (True, False) if round_ % 2 == 0 else (False, True):
                     out = Path(folder) / "run.json"
-                    in_own_process(args.store, size, prefetch, args.ram, out)
+                    in_own_process(args.store, size, prefetch, args.ram, args.prompts, out)
                     run = RunStats.load(out)
                     speed.setdefault((size, prefetch), []).append(run.answer.steps / run.answer.seconds)
                     if prefetch and (advice := advise(run, measure_disk(args.store), sizes)) is not None:
@@ -89,10 +92,13 @@ def main() -> None:
         ]
         shown = ", ".join(f"{other}: {said[other] / median(speed[other, True]):.2f}" for other in others)
         print(f"asked at {size} slots (own speed, model over measured: {own:.2f}), said over measured {shown}")
-    off = {size: [on / off for on, off in zip(speed[size, True], speed[size, False], strict=True)] for size in sizes}
+    off = {
+        size: [on / off for on, off in zip(speed[size, True], speed.get((size, False), []), strict=False)]
+        for size in sizes
+    }
     for size in sizes:
         shown = ", ".join(f"{ratio:.2f}" for ratio in off[size])
-        print(f"{size} slots: {median(speed[size, True]):.1f} tokens/s with prefetch, on over off {shown}")
+        print(f"{size} slots: {median(speed[size, True]):.1f} tokens/s with prefetch, on over off {shown or '-'}")
     errors = [abs(r["said"] / r["measured"] - 1) for r in ratios]
     within = sum(error <= 0.2 for error in errors)
     print(

@@ -4,7 +4,8 @@
 
 For each budget, a share of the experts in slots: tokens to fill the cache, then rounds of four periods, on, off, off,
 on (off, on, on, off in every second one), in which the self-test decides nothing. A period's first two tokens, which
-find what the period before has left, do not count. Text is sampled from the model; the streams are made for stores of
+find what the period before has left, do not count, and what the others take is corrected by how many experts they
+missed, as the self-test does. Text is sampled from the model; the streams are made for stores of
 `benchmarks.synthesize`. Last come as many tokens in which prefetch tests itself, as users have it.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import torch
 
 PROMPT = "Tell me a long story about a dragon that lives by the sea."
@@ -53,6 +55,10 @@ def tokens_of(model: Any, stream: str, count: int) -> Iterator[tuple[int, Callab
         yield token[0], sample
 
 
+def missing(model: Any) -> int:
+    return model._stats.total("misses") + model._stats.total("prefetch_hits")
+
+
 def measure(model: Any, stream: str, warm: int, rounds: int, period: int) -> dict[str, Any]:
     """Seconds a token: (on, off) of each round, and those of tokens in which prefetch tests itself; reads and waits."""
     runtime, switch = model._runtime, Switch()
@@ -60,13 +66,16 @@ def measure(model: Any, stream: str, warm: int, rounds: int, period: int) -> dic
     sequence = model.new_sequence()
     tokens = tokens_of(model, stream, warm + 2 * 4 * rounds * period)
 
-    def feed(count: int) -> list[float]:
-        spent = []
+    def feed(count: int) -> list[tuple[float, int]]:
+        """Seconds of each token, and its experts that were missing or would have been without prefetch."""
+        spent, before = [], missing(model)
         for _ in range(count):
             token, then = next(tokens)
             begin = time.perf_counter()
             logits = sequence.feed([token])
-            spent.append(time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            spent.append((seconds, missing(model) - before))
+            before += spent[-1][1]
             then(logits)
         return spent
 
@@ -75,13 +84,18 @@ def measure(model: Any, stream: str, warm: int, rounds: int, period: int) -> dic
     pairs = []
     for number in range(rounds):
         turns = (True, False, False, True) if number % 2 == 0 else (False, True, True, False)
-        spent: dict[bool, list[float]] = {True: [], False: []}
+        spent: list[tuple[bool, float, int]] = []
         for switch.on in turns:
-            spent[switch.on] += feed(period)[DROPPED:]
-        pairs.append((mean(spent[True]), mean(spent[False])))
+            spent += [(switch.on, *token) for token in feed(period)[DROPPED:]]
+        misses = np.array([token[2] for token in spent]) - mean(token[2] for token in spent)
+        seconds = np.array([token[1] for token in spent])
+        slope = max(0.0, float(misses @ seconds / (misses @ misses))) if misses.any() else 0.0
+        was_on = np.array([token[0] for token in spent])
+        corrected = seconds - slope * misses
+        pairs.append((float(corrected[was_on].mean()), float(corrected[~was_on].mean())))
     stats = model.stats()
     runtime.self_test = kept
-    tested = feed(4 * rounds * period)
+    tested = [seconds for seconds, _ in feed(4 * rounds * period)]
     return {
         "pairs": pairs,
         "self_tested": mean(tested[len(tested) // 2 :]),

@@ -9,8 +9,9 @@ order in which they ran, L MoE layers, k experts each:
     guesses  like experts: what prefetch expected for this layer one layer earlier; absent when no guess was made
     seq      int32 [T]: number of the sequence, ascending
     phase    uint8 [T]: 0 prefill (ran together with other tokens), 1 decode (ran alone)
+    ids      int32 [T]: the tokens themselves, -1 where not known; only in a trace that was asked for them
 
-The dtype's largest value stands for "none". Neither prompts nor token ids are in it. With weights and guesses, real
+The dtype's largest value stands for "none" in experts and guesses. With weights and guesses, real
 routing takes 1.7 to 2.3 bytes per chosen expert. `read_trace` also reads files without `meta` and `phase`, as published
 routing collections have them: a JSON file of the same name beside it may say `experts` and `model`; all is decode then.
 """
@@ -24,6 +25,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from errno import EISDIR
 from pathlib import Path
@@ -49,6 +51,7 @@ class Trace:
     weights: Array | None = None
     guesses: Array | None = None
     model: str | None = None
+    ids: Array | None = None
 
     @property
     def tokens(self) -> int:
@@ -76,12 +79,21 @@ class TraceWriter:
     Args:
         experts: per layer.
         top_k: the most experts that a token chooses in a layer.
+        with_ids: whether token ids are recorded: with them, whoever has the tokenizer can read what was said.
 
     Raises:
         OSError: the folder of `path` cannot be written to, or `path` is a folder.
     """
 
-    def __init__(self, path: str | os.PathLike[str], layers: int, experts: int, top_k: int, model: str | None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        layers: int,
+        experts: int,
+        top_k: int,
+        model: str | None,
+        with_ids: bool = False,
+    ) -> None:
         self.path = Path(path)
         if self.path.is_dir():
             raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
@@ -96,6 +108,8 @@ class TraceWriter:
             "seq": _Column(self.path.parent, np.dtype("<i4")),
             "phase": _Column(self.path.parent, np.dtype("u1")),
         }
+        if with_ids:
+            self._columns["ids"] = _Column(self.path.parent, np.dtype("<i4"))
         self._no_guess = np.full((1, *wide), np.iinfo(index).max, index)
         self._guessed = False
         self._seq = self._start = 0
@@ -106,10 +120,11 @@ class TraceWriter:
         if self.tokens > self._start:
             self._seq, self._start = self._seq + 1, self.tokens
 
-    def add(self, experts: Array, weights: Array, guesses: Array | None = None) -> None:
+    def add(self, experts: Array, weights: Array, guesses: Array | None = None, ids: Sequence[int] = ()) -> None:
         """The tokens of one forward: integers [T, L, k] and gate weights [T, L, k]; the dtype's largest value is none.
 
-        `guesses` like `experts`, or None when none were made.
+        `guesses` like `experts`, or None when none were made. `ids` of the T tokens are left out where they are not
+        recorded; any other number than T is not known.
         """
         tokens = len(experts)
         self._guessed |= guesses is not None
@@ -118,6 +133,8 @@ class TraceWriter:
         self._columns["guesses"].append(np.repeat(self._no_guess, tokens, 0) if guesses is None else guesses)
         self._columns["seq"].append(np.full(tokens, self._seq))
         self._columns["phase"].append(np.full(tokens, PREFILL if tokens > 1 else DECODE))
+        if "ids" in self._columns:
+            self._columns["ids"].append(np.array(ids) if len(ids) == tokens else np.full(tokens, -1))
         self.tokens += tokens
 
     def close(self) -> None:
@@ -169,7 +186,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("experts", "seq")}
-            arrays |= {name: file[name] for name in ("weights", "guesses", "phase") if name in file}
+            arrays |= {name: file[name] for name in ("weights", "guesses", "phase", "ids") if name in file}
             meta = json.loads(str(file["meta"])) if "meta" in file else _meta_beside(path)
         if meta.get("version", VERSION) != VERSION:
             raise ValueError(f"version {meta['version']!r} instead of {VERSION}")
@@ -199,4 +216,6 @@ def _checked(arrays: dict[str, Array], meta: dict[str, Any]) -> Trace:
     if chosen.max(initial=0) >= count:
         raise ValueError(f"expert {chosen.max()} of {count}")
     phase = arrays.get("phase", np.full(len(seq), DECODE, "u1"))
-    return Trace(experts, seq, phase, count, arrays.get("weights"), arrays.get("guesses"), meta.get("model"))
+    return Trace(
+        experts, seq, phase, count, arrays.get("weights"), arrays.get("guesses"), meta.get("model"), arrays.get("ids")
+    )

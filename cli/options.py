@@ -85,6 +85,9 @@ class LoadOptions:
         str | None,
         typer.Option(metavar="FILE", help="Record which experts are chosen, for `pocketmoe replay`: no text."),
     ] = None
+    trace_tokens: Annotated[
+        bool, typer.Option("--trace-tokens", help="Record the token ids as well, from which the text can be read.")
+    ] = False
     codec: Annotated[
         str | None,
         typer.Option(

@@ -20,7 +20,7 @@ _LOSSLESS_CODECS = ("bf16", "f16", "f32")
 KERNELS = ("auto", "native", "torch")
 KV_DTYPES = ("auto", "f16", "model")
 _TEXTS = ("device", "policy")
-_SWITCHES = ("deterministic", "prefetch", "warm_start", "verify")
+_SWITCHES = ("deterministic", "prefetch", "warm_start", "trace_tokens", "verify")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class OffloadConfig:
     """The same for the slots of a GPU."""
     trace: str | None = None
     """Record which experts every token chooses in this file, for `pocketmoe replay`."""
+    trace_tokens: bool = False
+    """Record the token ids as well: whoever has the file can read what was said."""
     verify: bool = True
     """Check each record's checksum on its first read."""
 

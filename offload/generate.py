@@ -59,6 +59,7 @@ class Sequence:
         kv_dtype: what keys and values are kept in; None = the model's dtype.
         free_memory: makes room on a device that has run out of memory in a step of some tokens after those that are
             cached; False when it cannot.
+        on_feed: is told the tokens of each forward before it runs.
     """
 
     def __init__(
@@ -70,11 +71,12 @@ class Sequence:
         lean: LeanDecoder | None = None,
         kv_dtype: torch.dtype | None = None,
         free_memory: Callable[[int, int], bool] = lambda tokens, cached: False,
+        on_feed: Callable[[list[int]], None] = lambda ids: None,
     ) -> None:
         self._model, self.context, self._chunk = model, context, chunk
         self._step_threads, self._lean, self._kv_dtype = step_threads, lean, kv_dtype
         self._stepwise = model.config.get_text_config().model_type in STEPWISE
-        self._free_memory = free_memory
+        self._free_memory, self._on_feed = free_memory, on_feed
         self._threads = torch.get_num_threads()
         self.ids: list[int] = []
         """The tokens whose keys and values are cached."""
@@ -116,6 +118,7 @@ class Sequence:
         while fed < len(ids):
             begin = len(self.ids)
             part = ids[fed : fed + (1 if begin and self._stepwise else self._chunk)]
+            self._on_feed(part)
             try:
                 if len(part) == 1 and self._step_threads:
                     torch.set_num_threads(self._step_threads)

@@ -63,7 +63,7 @@ class Model:
         self.path, self._notice = path, notice
         self._store = ExpertStore(path, config.io, config.verify, notice)
         try:
-            self._recorder = make_recorder(config.trace, self._store.manifest)
+            self._recorder = make_recorder(config.trace, self._store.manifest, config.trace_tokens)
             try:
                 self._load(config, device or open_device(config, notice), on_progress, notice)
             except VramBudgetError as error:
@@ -264,6 +264,7 @@ class Model:
             self._lean,
             self._kv_dtype,
             self._free_device_memory,
+            self._recorder.feed,
         )
 
     def encode(self, text: str, special: bool = False) -> list[int]:

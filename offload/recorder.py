@@ -29,6 +29,10 @@ class Recorder(Protocol):
         """The next tokens start a sequence."""
         ...
 
+    def feed(self, ids: Sequence[int]) -> None:
+        """The next forward runs these tokens."""
+        ...
+
     def close(self) -> None:
         """Write the file. Raises DataError."""
         ...
@@ -43,6 +47,7 @@ class RoutingRecorder:
         self._index: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
         self._guesses: list[torch.Tensor | None] = [None]
+        self._ids: Sequence[int] = ()
 
     def record(
         self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, guess: torch.Tensor | None
@@ -62,6 +67,9 @@ class RoutingRecorder:
     def new_sequence(self) -> None:
         self._writer.new_sequence()
 
+    def feed(self, ids: Sequence[int]) -> None:
+        self._ids = ids
+
     def close(self) -> None:
         try:
             self._writer.close()
@@ -77,7 +85,9 @@ class RoutingRecorder:
             torch.stack([self._none if g is None else self._wide(g.reshape(1, -1), -1) for g in guesses], 1).numpy()
             if made
             else None,
+            self._ids,
         )
+        self._ids = ()
 
     def _wide(self, values: torch.Tensor, fill: int) -> torch.Tensor:
         """[T, k] for every layer's own k."""
@@ -99,18 +109,25 @@ class NoRecorder:
     def new_sequence(self) -> None:
         pass
 
+    def feed(self, ids: Sequence[int]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
-def make_recorder(path: str | None, manifest: Manifest) -> Recorder:
-    """A recorder to `path`, or the null twin for None. Raises UsageError when the file cannot be written."""
+def make_recorder(path: str | None, manifest: Manifest, with_ids: bool = False) -> Recorder:
+    """A recorder to `path`, or the null twin for None. Raises UsageError when the file cannot be written, and when
+    there is none for the token ids that were asked for."""
     if path is None:
+        if with_ids:
+            raise UsageError("trace_tokens needs a trace: name its file, as --trace FILE")
         return NoRecorder()
     layers = manifest.layers
     top_k = max(layer.top_k for layer in layers)
     try:
-        writer = TraceWriter(path, len(layers), max(layer.num_experts for layer in layers), top_k, manifest.source)
+        experts = max(layer.num_experts for layer in layers)
+        writer = TraceWriter(path, len(layers), experts, top_k, manifest.source, with_ids)
     except OSError as error:
         raise UsageError(f"trace: {path} cannot be written: {error.strerror or error}") from None
     return RoutingRecorder(writer, len(layers), top_k)

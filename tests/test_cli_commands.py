@@ -131,7 +131,14 @@ def test_loading_options_reach_load_and_those_of_a_conversion_only_when_given(mo
     ]
     expected = {"ram": "4GB", "context": 99, "kv": "f16", "policy": "slru", "prefetch": False, "io": "mmap"}
     assert invoke("run", "fake", "hi", *options).exit_code == 0
-    expected |= {"device": "auto", "vram": None, "deterministic": False, "trace": None, "warm_start": False}
+    expected |= {
+        "device": "auto",
+        "vram": None,
+        "deterministic": False,
+        "trace": None,
+        "trace_tokens": False,
+        "warm_start": False,
+    }
     assert models[0].options == expected | {"kernels": "torch", "threads": 2}
     assert "pocketmoe replay" not in invoke("run", "fake", "hi", "--codec", "bf16", "--trunk", "keep").stderr
     assert (models[1].options["codec"], models[1].options["trunk"]) == ("bf16", "keep")

@@ -37,6 +37,18 @@ def test_replaying_a_run_gives_its_own_hits_and_misses(store, tmp_path, policy):
     assert 0.1 < result.hits / result.requests < 0.9
 
 
+def test_token_ids_are_recorded_on_request_only(store, tmp_path):
+    for asked in (True, False):
+        path, prompt = tmp_path / f"{asked}.npz", [7, 8, 9, 10, 11]
+        with load(store, ram="4GB", prefill_chunk=4, trace=str(path), trace_tokens=asked) as model:
+            generated: list[int] = []
+            list(model.answer(model.new_sequence(), prompt, generated, max_tokens=4, temperature=0))
+        ids = read_trace(path).ids
+        assert (ids.tolist() if ids is not None else None) == ([*prompt, *generated[:3]] if asked else None)
+    with pytest.raises(UsageError, match="trace_tokens needs a trace"):
+        load(store, ram="4GB", trace_tokens=True)
+
+
 def test_prompt_answer_sequences_and_guesses_are_told_apart(store, tmp_path):
     path = tmp_path / "run.npz"
     with load(
