@@ -10,10 +10,10 @@ that are arriving or locked are never evicted. All calls come from one thread, t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from .expert import ExpertId, Lookup
 from .policy import EvictionPolicy
@@ -32,6 +32,33 @@ class Admission(NamedTuple):
 
     slot: int
     evicted: ExpertId | None
+
+
+class Table(Protocol):
+    """Who keeps a list of the residents whose bytes are there, for those who cannot ask the cache."""
+
+    def enter(self, expert: ExpertId, slot: int) -> None: ...
+
+    def remove(self, expert: ExpertId) -> None:
+        """`expert` loses its slot, if it has one."""
+        ...
+
+    def replace(self, slots: Mapping[ExpertId, int]) -> None:
+        """Exactly these are there."""
+        ...
+
+
+class _NoTable:
+    """The null twin."""
+
+    def enter(self, expert: ExpertId, slot: int) -> None:
+        pass
+
+    def remove(self, expert: ExpertId) -> None:
+        pass
+
+    def replace(self, slots: Mapping[ExpertId, int]) -> None:
+        pass
 
 
 class _Locked(AbstractContextManager[None]):
@@ -65,14 +92,18 @@ class ExpertCache:
     """The residents of one tier.
 
     `capacity` slots are numbered 0..capacity-1; `layers` is the number of MoE layers; `floor` the residents that each
-    keeps against the others, normally its top-k. Raises ValueError when the floors do not fit into the capacity.
+    keeps against the others, normally its top-k; `table` is kept up to date. Raises ValueError when the floors do not
+    fit into the capacity.
     """
 
-    def __init__(self, capacity: int, policy: EvictionPolicy, layers: int, floor: int) -> None:
+    def __init__(
+        self, capacity: int, policy: EvictionPolicy, layers: int, floor: int, table: Table | None = None
+    ) -> None:
         if layers < 1 or floor < 1:
             raise ValueError(f"An expert cache needs at least 1 layer and a floor of 1, not {layers} and {floor}.")
         self.layers = layers
         self.floor = floor
+        self._table = table or _NoTable()
         self._new_policy = copy.deepcopy(policy)  # for `recover`
         self._ids = [_LayerIds(layer) for layer in range(layers)]
         self._require_floors(capacity)
@@ -159,6 +190,7 @@ class ExpertCache:
         """The bytes of `expert` are in its slot."""
         assert expert in self._arriving, f"{expert} is not arriving"
         self._arriving.remove(expert)
+        self._table.enter(expert, self._slots[expert])
         self._stale.add(expert[0])
 
     def abandon(self, expert: ExpertId) -> None:
@@ -230,6 +262,7 @@ class ExpertCache:
             assert move is not None
             move(expert, slot, kept[-1])
             self._slots[expert] = kept.pop()
+            self._table.enter(expert, self._slots[expert])
         self._free = [*range(capacity - 1, self.capacity - 1, -1), *kept]
         self.capacity = capacity
         self._policy.resize(capacity)
@@ -269,6 +302,7 @@ class ExpertCache:
             policy = copy.deepcopy(self._new_policy)
             policy.resize(self.capacity)
             self._start(policy)
+        self._table.replace(self._slots)
 
     def check_integrity(self, idle: bool = False) -> None:
         """Raise AssertionError with the numbers when the books do not balance; `idle`: also when anybody is in use."""
@@ -328,6 +362,7 @@ class ExpertCache:
         return list(lost.items()), [(expert, slot) for expert, slot in beyond if expert not in lost]
 
     def _release(self, expert: ExpertId) -> int:
+        self._table.remove(expert)
         (self._transient if expert in self._transient.ranks else self._policy).remove(expert)
         self._counts[expert[0]] -= 1
         return self._slots.pop(expert)
@@ -352,6 +387,7 @@ class ExpertCache:
 
     def _clear_slots(self) -> None:
         self._slots: dict[ExpertId, int] = {}
+        self._table.replace(self._slots)
         self._free = list(range(self.capacity - 1, -1, -1))  # a stack, lowest slot on top
         self._counts = [0] * self.layers
         self._arriving: set[ExpertId] = set()

@@ -12,6 +12,7 @@ expert of the model lies there, the caller waits once a token, in the last layer
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -214,7 +215,7 @@ class DeviceRuntime:
         late = sum(map(ram.cache.is_arriving, below.misses))
         everything = Lookup(wanted.hits + below.hits, below.misses)
         ahead = ram.prefetch.first_uses(below.hits)
-        ram.note_missing(layer, len(below.misses) + ahead)
+        ram.note_missing(layer, len(below.misses) + ahead, time.perf_counter())
         step.counts = DeviceLayerStats(len(work.experts), len(wanted.hits))
         if single:
             self._note_uses(layer, everything.hits + everything.misses)

@@ -1,4 +1,4 @@
-"""One token through the whole model with one native call for a layer's attention half.
+"""One token through the whole model in as few native calls as there are layers with something to read.
 
 transformers' modules cost more time for a single token than the arithmetic in them. This does the same arithmetic on
 the same weights and the same KV cache; prompts, and families that are not known here, go through the modules.
@@ -7,6 +7,7 @@ the same weights and the same KV cache; prompts, and families that are not known
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ from transformers.cache_utils import DynamicCache
 
 from ..quant.int8 import Int8Format
 from ..quant.linear import NativeLinear, PackedMatrix, linear_weight
-from ..quant.native import FLOAT32, Matrix, NativeMatrix, NativePool
-from ..quant.native_step import Ends, NativeAttention, NativeLatentAttention, NativeMlp, Norm, Router, Token
+from ..quant.native import FLOAT32, Matrix, NativeKernels, NativeMatrix, NativePool
+from ..quant.native_layers import NativeLayer, NativeLayers
+from ..quant.native_step import Ends, NativeAttention, NativeLatentAttention, NativeMlp, Norm, Router
 from .hf import Skeleton
 from .hf_layers import AttentionParts, DecoderParts, LatentParts, LayerParts, MlpParts, UnfitError, read_decoder
 from .kv_cache import Room, allocates_ahead, new_kv_cache
@@ -46,36 +48,52 @@ class LeanDecoder:
         width = cosine.shape[-1]
         # Most families give each angle twice, once for either half of a head.
         self.pairs = width // 2 if torch.equal(cosine[..., : width // 2], cosine[..., width // 2 :]) else width
-        most = max(layer.router.top_k for layer in parts.layers if layer.router is not None)
-        self._x, self._delta, self._normed = (torch.zeros(hidden) for _ in range(3))
-        self._weights = torch.zeros(most)
-        self._experts, self._guess = ((ctypes.c_int32 * most)() for _ in range(2))
-        self._places = torch.arange(most, dtype=torch.int32)
-        self._token = Token(
-            x=self._x.data_ptr(),
-            normed=self._normed.data_ptr(),
-            weights=self._weights.data_ptr(),
-            experts=ctypes.addressof(self._experts),
-        )
+        self.x, self.delta, self.normed = (torch.zeros(hidden) for _ in range(3))
+        self._cosine, self._sine = (torch.zeros(cosine.numel()) for _ in range(2))
         guesses = _guesses(parts.layers) if predict else [None] * len(parts.layers)
-        self._layers = [_Layer(self, layer, guess) for layer, guess in zip(parts.layers, guesses, strict=True)]
+        self._layers = [
+            _Layer(self, pool, runtime, layer, guess) for layer, guess in zip(parts.layers, guesses, strict=True)
+        ]
+        self._native = NativeLayers(pool, [layer.native for layer in self._layers], self.delta)
+        for number, (state, layer) in enumerate(zip(self._native.tokens, self._layers, strict=True)):
+            state.x, state.normed = self.x.data_ptr(), self.normed.data_ptr()
+            state.cosine, state.sine = self._cosine.data_ptr(), self._sine.data_ptr()
+            state.delta = self.delta.data_ptr() if number else None
+            state.weights, state.experts = layer.weights.data_ptr(), ctypes.addressof(layer.experts)
 
     def step(self, token: int, position: int, cache: DynamicCache) -> torch.Tensor:
         """The logits [vocabulary] after one more token, whose key and value are added to a cache that is in use."""
-        parts, state = self._parts, self._token
+        parts, runtime = self._parts, self._runtime
         embedded = parts.embed(torch.tensor([[token]]))
         cosine, sine = _angles(parts.rotary, embedded, position)
-        self._x.copy_(embedded.view(-1))
-        state.cosine, state.sine, state.delta = cosine.data_ptr(), sine.data_ptr(), None
-        guessing = self._runtime.wants_guesses
-        state.guess = ctypes.addressof(self._guess) if guessing else None
-        for layer, cached in zip(self._layers, cache.layers, strict=True):
+        self.x.copy_(embedded.view(-1))
+        self._cosine.copy_(cosine.view(-1))
+        self._sine.copy_(sine.view(-1))
+        guessing = runtime.wants_guesses
+        for layer, state, cached in zip(self._layers, self._native.tokens, cache.layers, strict=True):
             room: Room = cached.extend()  # type: ignore[attr-defined]
             state.keys, state.values, state.half, state.capacity, state.first, state.position = room
-            layer.run(state, guessing)
-            state.delta = self._delta.data_ptr()
-        self._x.add_(self._delta)
-        return parts.head(parts.norm(self._x))
+            state.guess = ctypes.addressof(layer.guess) if guessing and layer.guess else None
+        at = 0
+        while at < len(self._layers):
+            begin = time.perf_counter()
+            reached = self._native.run(at, runtime.may_run_alone)
+            self._note(at, reached, begin, guessing)
+            if reached < len(self._layers):
+                self._layers[reached].run_experts(guessing)
+            at = reached + 1
+        self.x.add_(self.delta)
+        return parts.head(parts.norm(self.x))
+
+    def _note(self, first: int, end: int, begin: float, guessing: bool) -> None:
+        """Do the books of the layers first..end - 1, which have run by themselves since `begin`."""
+        alone = [
+            (layer.site, layer.record(guessing), seconds)
+            for layer, seconds in zip(self._layers[first:end], self._native.seconds[first:end], strict=True)
+            if layer.site is not None
+        ]
+        if alone:
+            self._runtime.note_layers(alone, begin)
 
 
 def _guesses(layers: list[LayerParts]) -> list[tuple[Norm, Router] | None]:
@@ -90,35 +108,56 @@ def _guesses(layers: list[LayerParts]) -> list[tuple[Norm, Router] | None]:
 
 
 class _Layer:
-    """A decoder layer: attention and routing, then its experts, then its dense part."""
+    """A decoder layer: attention and routing, then its experts, then its dense part.
 
-    def __init__(self, decoder: LeanDecoder, parts: LayerParts, guess: tuple[Norm, Router] | None) -> None:
-        pool = decoder._pool
-        self._decoder, self._pool, self._runtime = decoder, pool, decoder._runtime
-        self._site = None if parts.site is None else parts.site.index
-        self._k = 0 if parts.router is None else parts.router.top_k
-        self._guessed = 0 if guess is None else guess[1].top_k
+    Attributes:
+        site: its number among those with experts; None = it has none.
+        experts, weights, guess: what its router chose, int32 [k] and float32 [k], and what the next one is believed to.
+    """
+
+    def __init__(
+        self,
+        decoder: LeanDecoder,
+        pool: NativePool,
+        runtime: ExpertRuntime,
+        parts: LayerParts,
+        guess: tuple[Norm, Router] | None,
+    ) -> None:
+        self._pool, self._runtime = pool, runtime
+        self.site = None if parts.site is None else parts.site.index
+        k = 0 if parts.router is None else parts.router.top_k
+        self.experts, self.weights = (ctypes.c_int32 * k)(), torch.zeros(1, k)
+        self.guess = (ctypes.c_int32 * (0 if guess is None else guess[1].top_k))()
+        self._places = torch.arange(k, dtype=torch.int32).view(1, k)
+        self._hidden, self._out = decoder.normed.view(1, -1), decoder.delta.view(1, -1)
         ends = Ends(_matrix(parts.output), parts.input_norm, parts.output_norm, parts.router, guess)
         if isinstance(parts.attention, LatentParts):
-            self._attention = _latent_attention(pool, ends, parts.attention, parts.scaling, decoder.pairs)
+            attention = _latent_attention(pool, ends, parts.attention, parts.scaling, decoder.pairs)
         else:
-            self._attention = _attention(pool, ends, parts.attention, parts.scaling, decoder.pairs)
-        self._attention.keep(*_tensors(parts.output), *_tensors_of(parts.attention))
+            attention = _attention(pool, ends, parts.attention, parts.scaling, decoder.pairs)
+        attention.keep(*_tensors(parts.output), *_tensors_of(parts.attention))
         self._mlp = None if parts.mlp is None else _mlp(pool, parts.mlp)
-        k = self._k
-        self._weights, self._places = decoder._weights[:k].view(1, k), decoder._places[:k].view(1, k)
-        self._hidden, self._out = decoder._normed.view(1, -1), decoder._delta.view(1, -1)
+        self.native = NativeLayer(attention, mlp=self._mlp)
+        table, kernels = runtime.table, None if self.site is None else runtime.kernels[self.site]
+        if self.site is not None and table is not None and isinstance(kernels, NativeKernels):
+            following = None if guess is None else table.row(self.site + 1)
+            self.native = self.native._replace(experts=kernels, records=table.row(self.site), next_records=following)
 
-    def run(self, token: Token, guessing: bool) -> None:
-        self._attention.run(token)
-        if self._site is not None:
-            work = Assignment.of_token(self._decoder._experts[: self._k])
-            guess: Sequence[int] = self._decoder._guess[: self._guessed] if guessing else ()
-            self._runtime.recorder.record_token(self._site, work.experts, self._weights, guess)
-            outputs = self._runtime.run_experts(self._site, self._hidden, work, guess)
-            self._pool.combine(outputs, self._places, self._weights, self._out)
+    def record(self, guessing: bool) -> list[int]:
+        """The experts that the router has chosen, which the recorder has been told."""
+        assert self.site is not None
+        experts = self.experts[:]
+        self._runtime.recorder.record_token(self.site, experts, self.weights, self.guess[:] if guessing else ())
+        return experts
+
+    def run_experts(self, guessing: bool) -> None:
+        """What comes after the attention half, read if necessary."""
+        assert self.site is not None
+        work = Assignment.of_token(self.record(guessing))
+        outputs = self._runtime.run_experts(self.site, self._hidden, work, self.guess[:] if guessing else ())
+        self._pool.combine(outputs, self._places, self.weights, self._out)
         if self._mlp is not None:
-            self._mlp.run(self._hidden, self._out, add=self._site is not None)
+            self._mlp.run(self._hidden, self._out, add=True)
 
 
 def _angles(rotary: Any, like: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,7 @@ from .planning import plan_load
 from .popularity import Popularity
 from .predictor import RouterPredictor
 from .prefetch import NoPrefetch, Prefetcher
+from .ram_table import RamTable
 from .reasoning import AnswerFormat
 from .recorder import make_recorder
 from .runtime import ExpertRuntime
@@ -133,8 +134,9 @@ class Model:
             policy = get_policy(config.policy, plan.slots, needs.floor)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        cache = ExpertCache(plan.slots, policy, len(layers), max(layer.top_k for layer in layers))
         slots = RamSlots(plan.slots, store.record_bytes)
+        table = RamTable(slots, [layer.num_experts for layer in layers])
+        cache = ExpertCache(plan.slots, policy, len(layers), max(layer.top_k for layer in layers), table)
         transfers = ThreadedTransfers(store, self._stats, config.readers)
         ahead = Prefetcher(cache, slots, transfers, self._stats) if config.prefetch else NoPrefetch()
         self._popularity = Popularity(store.path, manifest)
@@ -145,7 +147,7 @@ class Model:
             kernels = make_kernels(skeleton.sites, manifest, config, pool, notice)
             self._stats.kernels = kernels[0].name
             self._runtime = ExpertRuntime(
-                cache, slots, transfers, kernels, self._stats, ahead, predictor, self._recorder
+                cache, slots, transfers, kernels, self._stats, ahead, predictor, self._recorder, table
             )
             # Whatever runs the layers is looked up late: a device may come above before the first answer.
             hf.attach(

@@ -15,6 +15,11 @@ from .transfer import Ticket, Transfers
 class Prefetch(Protocol):
     """The contract of the prefetcher and its null twin."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is on its way, so that `settle` would find nothing to do."""
+        ...
+
     def request(self, layer: int, indices: Sequence[int]) -> None:
         """Read these experts of `layer` ahead, where there is room; the likeliest come first."""
         ...
@@ -105,6 +110,10 @@ class Prefetcher:
         self._flying: dict[ExpertId, Ticket] = {}
         self._unused: set[ExpertId] = set()
 
+    @property
+    def idle(self) -> bool:
+        return not self._flying
+
     def request(self, layer: int, indices: Sequence[int]) -> None:
         guessed = self._guessed[layer] = []
         for rank, index in enumerate(indices):
@@ -192,6 +201,8 @@ class Prefetcher:
 
 class NoPrefetch:
     """The null twin: never reads ahead."""
+
+    idle = True
 
     def request(self, layer: int, indices: Sequence[int]) -> None:
         pass

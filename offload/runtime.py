@@ -22,6 +22,7 @@ from ..cache.stats import RunStats
 from ..quant.kernels import ExpertJob, ExpertKernels
 from .predictor import RouterPredictor
 from .prefetch import Prefetch
+from .ram_table import RamTable
 from .reads import Reads
 from .recorder import NoRecorder, Recorder
 from .recovery import recovering
@@ -99,6 +100,7 @@ class ExpertRuntime:
 
     Args:
         kernels: one per MoE layer.
+        table: that of `cache`; None = the kernels cannot find experts by themselves.
     """
 
     prompt_reads = 12
@@ -115,10 +117,12 @@ class ExpertRuntime:
         prefetch: Prefetch,
         predictor: RouterPredictor | None,
         recorder: Recorder | None = None,
+        table: RamTable | None = None,
     ) -> None:
         self.cache, self.slots, self.transfers, self.kernels = cache, slots, transfers, kernels
         self.stats, self.prefetch, self.predictor = stats, prefetch, predictor
         self.recorder = recorder or NoRecorder()
+        self.table = table
         self.history = History(cache.layers)
         self.in_order = True
         self.self_test = SelfTest()
@@ -164,29 +168,59 @@ class ExpertRuntime:
         """
         begin = time.perf_counter()
         single = hidden.shape[0] == 1
-        self.prefetch.settle(layer, set(work.experts))
-        wanted = self.cache.lookup(layer, work.experts, promote=single)
-        late = sum(map(self.cache.is_arriving, wanted.misses))
-        ahead = self.prefetch.first_uses(wanted.hits)
-        self.note_missing(layer, len(wanted.misses) + ahead)
-        if single:
-            self.history.record(layer, wanted.hits + wanted.misses)
+        wanted, late, ahead = self._ask(layer, work.experts, single, begin)
         parts = torch.empty(len(work.rows), hidden.shape[1])
         if wanted.misses or guess:
             compute_s = self._compute_and_read(layer, wanted, guess, hidden, work, parts)
         else:  # nothing can be evicted meanwhile
             compute_s = self._compute(layer, wanted.hits, hidden, work, parts)
         self.stats.record(layer, wanted, late, ahead, compute_s, time.perf_counter() - begin)
+        self._end(layer, single)
+        return parts
+
+    @property
+    def may_run_alone(self) -> bool:
+        """Whether kernels may run whole layers for a token whose experts they find in the table. Nothing may arrive or
+        leave meanwhile, and nothing be waiting for what a layer chooses."""
+        return self.table is not None and self.prefetch.idle
+
+    @recovering
+    def note_layers(self, layers: Sequence[tuple[int, list[int], float]], begin: float) -> None:
+        """Do the books of layers that a token went through alone.
+
+        Args:
+            layers: in their order: layer, experts ascending, the kernels' seconds.
+            begin: when the token came to the first of them.
+        """
+        for layer, experts, compute_s in layers:
+            start = time.perf_counter()
+            wanted, late, ahead = self._ask(layer, experts, True, begin)
+            assert not wanted.misses, (layer, wanted)
+            self.stats.record(layer, wanted, late, ahead, compute_s, compute_s + time.perf_counter() - start)
+            self._end(layer, True)
+
+    def _ask(self, layer: int, experts: list[int], single: bool, begin: float) -> tuple[Lookup, int, int]:
+        """Who is there, how many are on their way, and how many of those who are there came by prefetch."""
+        self.prefetch.settle(layer, set(experts))
+        wanted = self.cache.lookup(layer, experts, promote=single)
+        late = sum(map(self.cache.is_arriving, wanted.misses))
+        ahead = self.prefetch.first_uses(wanted.hits)
+        self.note_missing(layer, len(wanted.misses) + ahead, begin)
+        if single:
+            self.history.record(layer, wanted.hits + wanted.misses)
+        return wanted, late, ahead
+
+    def _end(self, layer: int, single: bool) -> None:
         if layer == self.cache.layers - 1:
             self.cache.tick()
             if single and self.predictor is not None:
                 self.test_prefetch()
-        return parts
 
-    def note_missing(self, layer: int, count: int) -> None:
-        """A layer begins; without prefetch, `count` of its experts would have to be read. For `test_prefetch`."""
+    def note_missing(self, layer: int, count: int, begin: float) -> None:
+        """A layer began at `begin`; without prefetch, `count` of its experts would have to be read. For
+        `test_prefetch`."""
         if layer == 0:
-            self._token_began, self._missing = time.perf_counter(), 0
+            self._token_began, self._missing = begin, 0
         self._missing += count
 
     def test_prefetch(self) -> None:

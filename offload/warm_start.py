@@ -41,6 +41,10 @@ class WarmStart:
             self._flying[expert] = self._transfers.fetch(expert, view, demand=False, idle=True)
         self._done = True  # until slots are freed
 
+    @property
+    def idle(self) -> bool:
+        return self._done and not self._flying and self._inner.idle
+
     def request(self, layer: int, indices: Sequence[int]) -> None:
         self._inner.request(layer, indices)
 

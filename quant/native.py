@@ -216,7 +216,8 @@ class NativeKernels:
             limit=activation.limit,
             **_format_fields(fmt),
         )
-        self._spec_pointer = ctypes.addressof(self._spec)
+        self.spec_pointer = ctypes.addressof(self._spec)
+        """Of the `pm_expert_spec`; valid as long as this object."""
         self._call = self.pool.library.c.pm_experts
         self._jobs = (ctypes.c_int64 * 0)()  # pm_job is three 64-bit integers; grown, reused, written in one assignment
 
@@ -234,7 +235,7 @@ class NativeKernels:
         array[: len(numbers)] = numbers
         status = self._call(
             self.pool.handle,
-            self._spec_pointer,
+            self.spec_pointer,
             hidden.data_ptr(),
             len(hidden),
             rows.data_ptr(),

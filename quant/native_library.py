@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import native_build
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 
 class NativeError(RuntimeError):
@@ -40,6 +40,7 @@ _FUNCTIONS = {
     "pm_linear": ((_POINTER, _POINTER, _POINTER, _SIZE, _POINTER), _INT),
     "pm_attention": ((_POINTER, _POINTER, _POINTER), _INT),
     "pm_latent_attention": ((_POINTER, _POINTER, _POINTER), _INT),
+    "pm_layers": ((_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _POINTER, _POINTER, _POINTER), _INT),
     "pm_mlp": ((_POINTER, _POINTER, _POINTER, _INT, _POINTER), _INT),
     "pm_combine": ((_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER), _INT),
     "pm_stream": ((_POINTER, _POINTER, _POINTER, _SIZE), ctypes.c_uint64),

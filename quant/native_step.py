@@ -236,10 +236,10 @@ class NativeAttention(_Keeper):
             scaling=scaling,
             clip=clip,
         )
-        self._pointer = ctypes.addressof(self._spec)
+        self.pointer = ctypes.addressof(self._spec)
 
     def run(self, token: Token) -> None:
-        status = self._call(self.pool.handle, self._pointer, ctypes.addressof(token))
+        status = self._call(self.pool.handle, self.pointer, ctypes.addressof(token))
         if status:
             check(status, f"pm_attention at position {token.position}")
 
@@ -295,10 +295,10 @@ class NativeLatentAttention(_Keeper):
             latent_epsilon=latent_norm.epsilon,
             scaling=scaling,
         )
-        self._pointer = ctypes.addressof(self._spec)
+        self.pointer = ctypes.addressof(self._spec)
 
     def run(self, token: Token) -> None:
-        status = self._call(self.pool.handle, self._pointer, ctypes.addressof(token))
+        status = self._call(self.pool.handle, self.pointer, ctypes.addressof(token))
         if status:
             check(status, f"pm_latent_attention at position {token.position}")
 
@@ -331,10 +331,10 @@ class NativeMlp(_Keeper):
             alpha=activation.alpha,
             limit=activation.limit,
         )
-        self._pointer = ctypes.addressof(self._spec)
+        self.pointer = ctypes.addressof(self._spec)
 
     def run(self, x: torch.Tensor, out: torch.Tensor, add: bool) -> None:
         """out [hidden] = the block of x [hidden], or out += it; float32, contiguous."""
-        status = self._call(self.pool.handle, self._pointer, x.data_ptr(), int(add), out.data_ptr())
+        status = self._call(self.pool.handle, self.pointer, x.data_ptr(), int(add), out.data_ptr())
         if status:
             check(status, f"pm_mlp {tuple(x.shape)}")

@@ -17,7 +17,7 @@ PARTS = {"quant": set(), "cache": set(), "offload": {"quant", "cache"}, "cli": {
 MOST_LINES = 400
 # A file imports only files to its left. Those that are not named here are free, as long as nothing goes in circles.
 ORDER = {
-    "quant": "int4 int8 mxfp4 nf4 codecs kernels native native_step triton_kernels linear triton_linear",
+    "quant": "int4 int8 mxfp4 nf4 codecs kernels native native_step native_layers triton_kernels linear triton_linear",
     "cache": (
         "expert units order published forecast hybrid policy manager trace history replay counters "
         "device_stats cost advice machine routing strategies simulate verdict report sections "
@@ -28,8 +28,8 @@ ORDER = {
         "errors packed_scheme config placement estimate memory device simulated_device resident_table source "
         "apart template_worker templates checkpoint_files hub hf_families kv_cache hf_experts hf gptq_awq "
         "prequantized hf_keys hf_layers workspace sizes checkpoint hub_source fit convert store tiers "
-        "uploads transfer predictor prefetch warm_start reads recorder choices recovery runtime below admissions "
-        "after_prompt device_runtime device_tier planning lean reasoning generate tokenizer model gguf_file "
+        "ram_table uploads transfer predictor prefetch warm_start reads recorder choices recovery runtime below "
+        "admissions after_prompt device_runtime device_tier planning lean reasoning generate tokenizer model gguf_file "
         "gguf_config gguf_tensor gguf_tokenizer gguf_llama gguf_source loading demo_store demo outline outlook "
         "probe survey doctor"
     ),

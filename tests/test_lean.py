@@ -13,6 +13,7 @@ from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.kv_cache import FullLayer, WindowLayer, new_kv_cache
 from pocketmoe.offload.loading import load
+from pocketmoe.offload.runtime import ExpertRuntime
 from pocketmoe.offload.store import ExpertStore
 from pocketmoe.quant.native import load_native
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -119,6 +120,39 @@ def test_steps_do_not_depend_on_cache_size_prefetch_or_read_mode(variant):
             model.check_integrity()
         want = got if want is None else want
         assert torch.equal(got, want), f"logits differ with {case}"
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2"])
+def test_layers_that_run_alone_give_the_same_bits_and_the_same_books(tmp_path, monkeypatch, name):
+    tiny.make_checkpoint(tmp_path / "checkpoint", name)
+    path = convert(CheckpointSource(tmp_path / "checkpoint"), tmp_path / "store", "int4-g32")
+    total, want = ExpertStore(path).manifest.num_experts, None
+    alone: list[int] = []
+    note_layers = ExpertRuntime.note_layers
+
+    def note(self, layers, begin):
+        alone.append(len(layers))
+        note_layers(self, layers, begin)
+
+    monkeypatch.setattr(ExpertRuntime, "note_layers", note)
+    for slots in (total, total - 2):
+        for table in (True, False):
+            alone.clear()
+            with load(path, ram="4GB", context=64, slots=slots, warm_start=False) as model:
+                if not table:
+                    model._runtime.table = None
+                logits = step_logits(model)
+                model.check_integrity()
+                stats = model.stats(advice=True)
+            assert stats.history is not None
+            got = logits, stats.uses, stats.history.steps()
+            want = want or got
+            assert torch.equal(got[0], want[0])
+            assert got[1:] == want[1:]
+            assert (sum(alone) > 0) is table
+            if table and slots == total:
+                assert max(alone) == stats.layers  # a whole token
 
 
 @needs_native

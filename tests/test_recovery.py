@@ -12,6 +12,7 @@ from pocketmoe.cache.manager import ExpertCache
 from pocketmoe.cache.policy import get_policy, policy_names
 from pocketmoe.cache.stats import RunStats
 from pocketmoe.offload.prefetch import Prefetcher
+from pocketmoe.offload.ram_table import RamTable
 from pocketmoe.offload.runtime import Assignment, ExpertRuntime
 from pocketmoe.offload.tiers import RamSlots
 from pocketmoe.offload.transfer import ThreadedTransfers
@@ -31,12 +32,14 @@ class World:
 
     def __init__(self, policy: str) -> None:
         stats, self.kernels = RunStats(LAYERS, RECORD), FakeKernels()
-        self.cache = ExpertCache(SLOTS, get_policy(policy, SLOTS, LAYERS * TOP_K), LAYERS, TOP_K)
-        slots, self.transfers = RamSlots(SLOTS, RECORD), ThreadedTransfers(FakeReader(), stats, readers=1)
+        self.slots = slots = RamSlots(SLOTS, RECORD)
+        self.table = RamTable(slots, [EXPERTS] * LAYERS)
+        self.cache = ExpertCache(SLOTS, get_policy(policy, SLOTS, LAYERS * TOP_K), LAYERS, TOP_K, self.table)
+        self.transfers = ThreadedTransfers(FakeReader(), stats, readers=1)
         ahead = Prefetcher(self.cache, slots, self.transfers, stats)
         ahead = WarmStart(ahead, self.cache, slots, self.transfers, [ExpertId(2, 7), ExpertId(2, 6)])
         self.runtime = ExpertRuntime(
-            self.cache, slots, self.transfers, [self.kernels] * LAYERS, stats, ahead, predictor=None
+            self.cache, slots, self.transfers, [self.kernels] * LAYERS, stats, ahead, predictor=None, table=self.table
         )
         ahead.start()
 
@@ -56,12 +59,16 @@ class World:
         self.run(0, (0, 1), guess=(2, 3))
         self.run(1, (2, 4), guess=(5, 6))
         self.run(2, (0, 7))
+        self.runtime.note_layers([(2, [0, 7], 0.0)], 0.0)
         self.prompt(0)
         self.runtime.resize(SLOTS - 1)
 
     def settle(self) -> None:
         self.runtime.prefetch.drain()
         self.cache.check_integrity(idle=True)
+        listed = {ExpertId(i, e): at for i in range(LAYERS) for e, at in enumerate(self.table.row(i)) if at}
+        residents = self.cache.residents().items()
+        assert listed == {expert: self.slots.record(slot).data_ptr() for expert, slot in residents}
 
 
 def interrupt_everywhere(policy: str, files: tuple[str, ...]) -> int:

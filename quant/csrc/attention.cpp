@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "ends.h"
+#include "layers.h"
 #include "layout.h"
 #include "linear.h"
 
@@ -60,6 +61,8 @@ void append(const Isa& isa, const pm_attention_spec& s, const pm_token& token, c
                   cached(token, cache, (h * token.capacity + token.position) * s.head_dim));
 }
 
+}  // namespace
+
 bool fits(const pm_attention_spec& s) {
     return is_valid(s.query) && is_valid(s.key) && is_valid(s.value) && is_valid(s.ends.output) && s.kv_heads > 0 &&
            s.heads % s.kv_heads == 0 && s.query.rows == s.heads * s.head_dim &&
@@ -94,7 +97,6 @@ void attention(pm_context& context, const pm_attention_spec& s, const pm_token& 
     finish(context, s.ends, attended, scratch, token);
 }
 
-}  // namespace
 }  // namespace pm
 
 extern "C" int32_t pm_attention(pm_context* context, const pm_attention_spec* spec, const pm_token* token) try {

@@ -54,6 +54,7 @@ struct pm_context {
     pm::Scratch hidden;    // quantised activations between the projections
     pm::Scratch progress;  // per job: counters and item ranges
     pm::Scratch floats;    // a token's queries, scores and the like
+    pm::Scratch parts;     // a token's experts: rows, places, jobs and outputs
 };
 
 #endif

@@ -9,7 +9,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "context.h"
+#include "layers.h"
 #include "layout.h"
 
 namespace pm {
@@ -144,34 +144,28 @@ void body(void* region, int phase, int64_t item, int) {
 }
 
 }  // namespace
-}  // namespace pm
 
-extern "C" int32_t pm_experts(pm_context* context, const pm_expert_spec* spec, const float* hidden, int64_t tokens,
-                              const int32_t* rows, int64_t n_rows, const pm_job* jobs, int64_t n_jobs,
-                              float* out) try {
-    using namespace pm;
+bool fits(const pm_expert_spec& s) {
+    const bool gated = s.activation != PM_RELU2;
+    return Matrix(s.intermediate, s.hidden, s.format, s.group).valid() &&
+           Matrix(s.hidden, s.intermediate, s.format, s.group).valid() && s.activation >= PM_SILU &&
+           s.activation <= PM_RELU2 && gated == (s.gate >= 0) && s.up >= 0 && s.down >= 0;
+}
+
+void experts(pm_context& context, const pm_expert_spec& spec, const float* hidden, int64_t tokens, const int32_t* rows,
+             int64_t n_rows, const pm_job* jobs, int64_t n_jobs, float* out) {
     Region r = {};
-    r.spec = spec;
-    r.inner = Matrix{spec->intermediate, spec->hidden, spec->format, spec->group};
-    r.outer = Matrix{spec->hidden, spec->intermediate, spec->format, spec->group};
-    const bool gated = spec->activation != PM_RELU2;
-    if (!r.inner.valid() || !r.outer.valid() || spec->activation < PM_SILU || spec->activation > PM_RELU2 ||
-        gated != (spec->gate >= 0) || spec->up < 0 || spec->down < 0)
-        return PM_BAD_ARGUMENT;
-    for (int64_t i = 0; i < n_rows; i++)
-        if (rows[i] < 0 || rows[i] >= tokens) return PM_BAD_ARGUMENT;
-    for (int64_t j = 0; j < n_jobs; j++)
-        if (jobs[j].count < 0 || jobs[j].start < 0 || jobs[j].start + jobs[j].count > n_rows) return PM_BAD_ARGUMENT;
+    r.isa = context.isa;
+    r.spec = &spec;
+    r.inner = Matrix{spec.intermediate, spec.hidden, spec.format, spec.group};
+    r.outer = Matrix{spec.hidden, spec.intermediate, spec.format, spec.group};
     r.hidden = hidden;
     r.tokens = tokens;
     r.rows = rows;
     r.jobs = jobs;
     r.n_jobs = n_jobs;
     r.out = out;
-
-    const std::lock_guard<std::mutex> lock(context->mutex);
-    r.isa = context->isa;
-    r.state = context->progress.get<JobState>(n_jobs);
+    r.state = context.progress.get<JobState>(n_jobs);
     r.down_blocks = std::max<int64_t>(2, DOWN_ITEM_BYTES / r.outer.block_bytes() & ~1);  // kernels may take pairs
     const int64_t units = r.outer.activation_groups(), chunks = ceil_div(r.outer.blocks(), r.down_blocks);
     int64_t items[MAX_PHASES] = {}, work = 0;
@@ -185,11 +179,25 @@ extern "C" int32_t pm_experts(pm_context* context, const pm_expert_spec* spec, c
         items[2] += chunks * state->row_chunks;
         work += jobs[j].count * r.inner.blocks() * r.inner.block_bytes();
     }
-    r.x = context->tokens.get<Group>(tokens * r.inner.activation_groups());
-    r.h = context->hidden.get<Group>(n_rows * units);
+    r.x = context.tokens.get<Group>(tokens * r.inner.activation_groups());
+    r.h = context.hidden.get<Group>(n_rows * units);
     if (tokens > SERIAL_TOKENS) r.token_items = items[0] = ceil_div(tokens, TOKENS_PER_ITEM);
     else quantize_tokens(r, 0, tokens);
-    context->pool->run(body, &r, items, work);
+    context.pool->run(body, &r, items, work);
+}
+
+}  // namespace pm
+
+extern "C" int32_t pm_experts(pm_context* context, const pm_expert_spec* spec, const float* hidden, int64_t tokens,
+                              const int32_t* rows, int64_t n_rows, const pm_job* jobs, int64_t n_jobs,
+                              float* out) try {
+    if (!pm::fits(*spec)) return PM_BAD_ARGUMENT;
+    for (int64_t i = 0; i < n_rows; i++)
+        if (rows[i] < 0 || rows[i] >= tokens) return PM_BAD_ARGUMENT;
+    for (int64_t j = 0; j < n_jobs; j++)
+        if (jobs[j].count < 0 || jobs[j].start < 0 || jobs[j].start + jobs[j].count > n_rows) return PM_BAD_ARGUMENT;
+    const std::lock_guard<std::mutex> lock(context->mutex);
+    pm::experts(*context, *spec, hidden, tokens, rows, n_rows, jobs, n_jobs, out);
     return PM_OK;
 } catch (const std::bad_alloc&) {
     return PM_OUT_OF_MEMORY;

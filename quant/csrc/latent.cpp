@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "ends.h"
+#include "layers.h"
 #include "layout.h"
 #include "linear.h"
 
@@ -95,6 +96,8 @@ void latent_body(void* region, int, int64_t item, int) {
         r.value_up.multiply(*r.isa, head + h, sums + h * n.latent, codes, r.out + (head + h) * n.value_dim);
 }
 
+}  // namespace
+
 bool fits(const pm_latent_spec& s) {
     const int64_t turned = 2 * s.rotary_pairs;
     const bool has_latent_query = s.query_down.rows > 0;
@@ -138,7 +141,6 @@ void latent_attention(pm_context& context, const pm_latent_spec& s, const pm_tok
     finish(context, s.ends, attended, scratch, token);
 }
 
-}  // namespace
 }  // namespace pm
 
 extern "C" int32_t pm_latent_attention(pm_context* context, const pm_latent_spec* spec, const pm_token* token) try {

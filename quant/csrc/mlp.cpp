@@ -2,10 +2,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "layers.h"
 #include "linear.h"
 
 namespace pm {
-namespace {
 
 bool fits(const pm_mlp_spec& s) {
     return is_valid(s.gate) && is_valid(s.up) && is_valid(s.down) && s.gate.rows == s.up.rows &&
@@ -31,7 +31,6 @@ void mlp(pm_context& context, const pm_mlp_spec& s, const float* x, bool add, fl
     else std::copy_n(out, s.down.rows, y);
 }
 
-}  // namespace
 }  // namespace pm
 
 extern "C" int32_t pm_mlp(pm_context* context, const pm_mlp_spec* spec, const float* x, int32_t add, float* y) try {

@@ -15,7 +15,7 @@
 #endif
 
 // Raised whenever a structure or a signature below changes; quant/native.py refuses another number.
-#define PM_ABI_VERSION 3
+#define PM_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -147,6 +147,16 @@ typedef struct {
     float alpha, limit;
 } pm_mlp_spec;
 
+// A decoder layer. NULL = the part is absent; there is one kind of attention.
+typedef struct {
+    const pm_attention_spec* attention;
+    const pm_latent_spec* latent;
+    const pm_expert_spec* experts;
+    const pm_mlp_spec* mlp;
+    const int64_t* records;       // by expert: the address of its record, 0 = it is not in memory
+    const int64_t* next_records;  // of the layer that the guess is for
+} pm_layer;
+
 PM_API int32_t pm_abi_version(void);
 
 // Names the sources that the library was compiled from (quant/native_build.py).
@@ -175,6 +185,15 @@ PM_API int32_t pm_linear(pm_context* context, const pm_matrix* matrix, const flo
 PM_API int32_t pm_attention(pm_context* context, const pm_attention_spec* spec, const pm_token* token);
 
 PM_API int32_t pm_latent_attention(pm_context* context, const pm_latent_spec* spec, const pm_token* token);
+
+// One token through layers first..count - 1, `layers[i]` on `tokens[i]`; all have the same x and normed. `delta` [hidden]
+// gets what the last layer's blocks add to x; where tokens[i].delta is not NULL, it is this array.
+//
+// Ends early after the attention half of a layer whose experts the caller has to compute, or whose guess it has to see:
+// if not `alone`, of every layer with a router; else of those where a chosen or guessed expert has no address.
+// `reached` gets that layer, or `count`; `seconds` [count] the time in each layer's experts.
+PM_API int32_t pm_layers(pm_context* context, const pm_layer* layers, const pm_token* tokens, int64_t first,
+                         int64_t count, int32_t alone, float* delta, double* seconds, int64_t* reached);
 
 // One token through a feed-forward block; adds to y if `add`, else writes it. x [hidden], y [hidden].
 PM_API int32_t pm_mlp(pm_context* context, const pm_mlp_spec* spec, const float* x, int32_t add, float* y);
