@@ -6,7 +6,10 @@ import linecache
 import sys
 import threading
 
+import torch
 from pocketmoe.cache.expert import ExpertId
+from pocketmoe.offload.tiers import DeviceSlots
+from pocketmoe.quant.kernels import ExpertJob
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, RECORD = 3, 8, 2, 4, 4096
 
@@ -46,6 +49,13 @@ class FakeKernels:
         for job in jobs:
             span = slice(job.start, job.start + job.count)
             out[span] = hidden[rows[span].long()] * float(job.record[0])
+
+
+def found_jobs(slots: DeviceSlots, chosen: torch.Tensor, addresses: torch.Tensor) -> list[ExpertJob]:
+    """What a kernel does that finds its records itself. An address where no slot is, is an error, as it is on a GPU."""
+    records = {slots.record(slot).data_ptr(): slots.record(slot) for slot in range(slots.capacity)}
+    there = [(i, int(addresses[expert])) for i, expert in enumerate(chosen.tolist()) if addresses[expert]]
+    return [ExpertJob(records[address], i, 1) for i, address in there]
 
 
 class Interruption:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from fakes_runtime import found_jobs
 from pocketmoe.offload import packing
 from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.config import OffloadConfig
@@ -15,7 +16,7 @@ from pocketmoe.offload.errors import DeviceMemoryError, MemoryBudgetError, Usage
 from pocketmoe.offload.kv_cache import can_crop
 from pocketmoe.offload.model import Model
 from pocketmoe.offload.simulated_device import SimulatedDevice, Speeds
-from pocketmoe.quant.kernels import TorchKernels
+from pocketmoe.quant.kernels import ExpertKernels, TorchKernels
 from pocketmoe.quant.triton_kernels import TILE_TOKENS, load_triton, why_missing
 
 HASTY = Speeds(link=2e7, jitter=5.0, kernel=1e-4)
@@ -54,6 +55,24 @@ def answer(model: Model, count: int = 6, prompt: int = 23) -> list[torch.Tensor]
     return out
 
 
+class Finding:
+    """Kernels that find records as those of a GPU do."""
+
+    def __init__(self, model: Model, kernels: ExpertKernels) -> None:
+        assert model._on_device is not None
+        self._slots, self._kernels = model._on_device.slots, kernels
+
+    def run_resident(self, hidden, chosen, addresses, out):
+        if jobs := found_jobs(self._slots, chosen, addresses):
+            self._kernels.run(hidden, torch.zeros(len(chosen), dtype=torch.int32), jobs, out)
+
+
+def find_hits(model: Model) -> None:
+    """From now on the simulated device finds its hits itself."""
+    assert model._on_device is not None
+    model._on_device._finders[:] = [Finding(model, kernels) for kernels in model._on_device.kernels]
+
+
 def test_logits_are_those_of_the_cpu_to_the_bit_whatever_lies_where(store):
     with opened(store, prefetch=False) as model:
         want = answer(model)
@@ -62,7 +81,9 @@ def test_logits_are_those_of_the_cpu_to_the_bit_whatever_lies_where(store):
         device = SimulatedDevice(seed, HASTY)
         with opened(store, device, vram_slots=slots, slots=ram, deterministic=True) as model:
             assert model.vram_plan is not None and model.vram_plan.slots == slots
-            for _ in range(2):  # cold and warm
+            for finds in (False, True):  # cold and warm
+                if finds:
+                    find_hits(model)
                 for got, expected in zip(answer(model), want, strict=True):
                     assert torch.equal(got, expected), (slots, ram)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes_runtime import EXPERTS, HIDDEN, LAYERS, RECORD, TOP_K, FakeKernels, FakeReader, Interruption
+from fakes_runtime import EXPERTS, HIDDEN, LAYERS, RECORD, TOP_K, FakeKernels, FakeReader, Interruption, found_jobs
 from pocketmoe.cache.expert import ExpertId
 from pocketmoe.cache.hybrid import Cost, TierCosts
 from pocketmoe.cache.manager import ExpertCache
@@ -22,7 +22,6 @@ from pocketmoe.offload.runtime import ExpertRuntime
 from pocketmoe.offload.simulated_device import SimulatedDevice, Speeds
 from pocketmoe.offload.tiers import DeviceSlots, RamSlots
 from pocketmoe.offload.transfer import SyncTransfers, ThreadedTransfers
-from pocketmoe.quant.kernels import ExpertJob
 
 EVEN = TierCosts(copy=Cost(0.0, 1e-4), cpu=Cost(0.0, 1e-4), gpu=Cost(0.0, 1e-5))
 COPY_ONLY = replace(EVEN, cpu=Cost(1.0, 1.0))
@@ -32,7 +31,7 @@ ALL = LAYERS * EXPERTS
 
 
 class FindingKernels(FakeKernels):
-    """The same, told of records by their addresses. An address where no slot is, is an error, as it is on a GPU."""
+    """The same, told of records by their addresses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,9 +40,7 @@ class FindingKernels(FakeKernels):
 
     def run_resident(self, hidden, chosen, addresses, out):
         assert self.slots is not None and chosen.dtype is addresses.dtype is torch.int64
-        records = {self.slots.record(slot).data_ptr(): slot for slot in range(self.slots.capacity)}
-        present = [(i, records[int(addresses[expert])]) for i, expert in enumerate(chosen) if addresses[expert]]
-        jobs = [ExpertJob(self.slots.record(slot), i, 1) for i, slot in present]
+        jobs = found_jobs(self.slots, chosen, addresses)
         self.found.append(len(jobs))
         if jobs:
             self.run(hidden, torch.zeros(len(chosen), dtype=torch.int32), jobs, out)
