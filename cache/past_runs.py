@@ -83,7 +83,11 @@ def _rows(run: Report, other: Report) -> tuple[tuple[str, ...], ...]:
         shown = ["-" if value is None else show(value) for value in values]
         if None in values or not values[1]:
             return name, *shown, ""
-        return name, *shown, f"{100 * (values[0] - values[1]):+.1f}" if points else signed(values[0] / values[1] - 1)
+        return (
+            name,
+            *shown,
+            f"{100 * (values[0] - values[1]):+.1f} points" if points else signed(values[0] / values[1] - 1),
+        )
 
     return (
         row("tokens/s", ("speed", "tokens_per_second"), "{:.1f}".format),

@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from browser import NAMES, Browser, find_browser
 from fakes_run import COSTS, DISK, LAYERS, RECORD, a_run
 from pocketmoe.cache.charts import LEVELS
 from pocketmoe.cache.device_stats import DeviceLayerStats, DeviceStats
@@ -358,3 +359,22 @@ def test_a_curve_marks_the_present_setting_and_says_every_point_without_a_pointe
     assert html.count(">now ") == 2
     titles = [line for line in parsed(html).text.split("\n") if " by share of the experts that fit. " in line]
     assert len(titles) == 2 and all("38 % of the experts, --ram 1050MB:" in title for title in titles)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_draws_the_page_within_its_width_and_asks_for_nothing_else(tmp_path, width, scheme):
+    program = find_browser()
+    if program is None:
+        pytest.skip(f"none of {', '.join(NAMES)} is on the PATH")
+    page = tmp_path / "report.html"
+    page.write_text(as_html(sections(report(with_prefetch(a_run()), DISK))), encoding="utf-8")
+    with Browser(program, tmp_path / "profile") as browser:
+        browser.open(page.as_uri(), width, scheme)
+        assert browser.requests == [page.as_uri()]
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        dark = browser.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+        assert dark == (scheme == "dark")
+        (tmp_path / "report.png").write_bytes(browser.screenshot())
+    assert (tmp_path / "report.png").stat().st_size > 50_000, "not an empty page"
