@@ -38,7 +38,7 @@ from .templates import make_template
 from .tiers import RamSlots
 from .tokenizer import load_tokenizer
 from .transfer import ThreadedTransfers
-from .trunk import find_linear, load_packed_trunk
+from .trunk import find_linear, load_packed_trunk, warm_up_trunk
 from .warm_start import WarmStart
 from .workspace import foresee
 
@@ -158,6 +158,8 @@ class Model:
             above = [] if device is None else make_device_kernels(skeleton.sites, manifest, config, device, notice)
             if device is not None:  # before the last plan: Triton and what it compiles take memory
                 warm_up(device, above, [layer.shape for layer in layers], store.record_bytes)
+                with memory_errors(device.name):
+                    warm_up_trunk(skeleton.model)
             self._hold_to_plan()
             if device is not None and self.vram_plan is not None:
                 widths = [site.layer.shape.hidden for site in skeleton.sites]

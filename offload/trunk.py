@@ -13,7 +13,7 @@ from torch import nn
 from ..quant.linear import MakeLinear, NativeLinear, PackedMatrix, QuantEmbedding, matrix_format
 from ..quant.native import NativePool
 from ..quant.triton_kernels import load_triton
-from ..quant.triton_linear import TritonLinear
+from ..quant.triton_linear import TILE_TOKENS, TritonLinear
 from .config import OffloadConfig
 from .device import Device
 from .hf import Skeleton, load_trunk
@@ -81,6 +81,15 @@ def largest_tensor(manifest: Manifest, skeleton: Skeleton) -> int:
     plain = (name for name in skeleton.trunk_names() if name not in packed)
     sizes += [skeleton.full_state[name].numel() * skeleton.dtypes[name].itemsize for name in plain]
     return max(sizes, default=0)
+
+
+@torch.inference_mode()
+def warm_up_trunk(model: nn.Module) -> None:
+    """Multiply once by a matrix of each shape, in each size that its GPU kernel is compiled for."""
+    linears = [module for module in model.modules() if isinstance(module, TritonLinear)]
+    for linear in {(module.shape, module.dtype, module.bias is None): module for module in linears}.values():
+        for tokens in (1, *TILE_TOKENS):
+            linear(torch.zeros(tokens, linear.in_features, dtype=linear.dtype, device=linear.packed.data.device))
 
 
 def _replace(model: Any, name: str, matrix: PackedMatrix, linear: MakeLinear) -> None:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from pocketmoe.offload.trunk import warm_up_trunk
 from pocketmoe.quant import triton_kernels, triton_linear
 from pocketmoe.quant.linear import PackedMatrix, matrix_format
 from pocketmoe.quant.triton_kernels import PackedShape
@@ -30,6 +31,15 @@ def make(name: str, rows: int, cols: int, dtype: torch.dtype, bias: bool, device
 
 def rows_of(tokens: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(tokens, cols, generator=torch.Generator().manual_seed(tokens)) * 3).to(dtype)
+
+
+@needs_triton
+def test_each_kind_of_matrix_is_multiplied_by_once_in_each_size_to_have_it_compiled(monkeypatch):
+    calls = []
+    monkeypatch.setattr(TritonLinear, "forward", lambda self, x: calls.append((self.out_features, len(x))))
+    kinds = [("int8-g32", 32, 64, True), ("int8-g32", 32, 64, True), ("int4-g32", 48, 64, False)]
+    warm_up_trunk(nn.Sequential(*(make(*kind[:3], torch.float16, kind[3], torch.device("cpu")) for kind in kinds)))
+    assert sorted(calls) == [(rows, tokens) for rows in (32, 48) for tokens in (1, 16, 32, 64)]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
