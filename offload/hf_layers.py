@@ -99,8 +99,8 @@ class DecoderParts:
     rotary: Any
     """The module that gives a position's cosines and sines."""
     layers: list[LayerParts]
-    norm: Any
-    """The last one, a module."""
+    norm: Norm
+    """The last one."""
     head: nn.Module
 
 
@@ -113,7 +113,7 @@ def read_decoder(skeleton: Skeleton) -> DecoderParts | None:
     head: Any = skeleton.model.get_output_embeddings()
     sites = {id(site.experts): site for site in skeleton.sites}
     layers = [_read_layer(layer, sites, config) for layer in base.layers]
-    return DecoderParts(base.embed_tokens, base.rotary_emb, layers, base.norm, head)
+    return DecoderParts(base.embed_tokens, base.rotary_emb, layers, _norm(base.norm), head)
 
 
 def _read_layer(layer: Any, sites: dict[int, MoeSite], config: Any) -> LayerParts:

@@ -17,8 +17,9 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..quant.int8 import Int8Format
-from ..quant.linear import NativeLinear, PackedMatrix, linear_weight
+from ..quant.linear import NativeLinear, PackedMatrix, QuantEmbedding, linear_weight
 from ..quant.native import FLOAT32, Matrix, NativeKernels, NativeMatrix, NativePool
+from ..quant.native_edges import NativeEmbedding, NativeHead
 from ..quant.native_layers import NativeLayer, NativeLayers
 from ..quant.native_step import Ends, NativeAttention, NativeLatentAttention, NativeMlp, Norm, Router
 from .hf import Skeleton
@@ -42,14 +43,13 @@ class LeanDecoder:
     """
 
     def __init__(self, parts: DecoderParts, pool: NativePool, runtime: ExpertRuntime, predict: bool) -> None:
-        self._parts, self._pool, self._runtime = parts, pool, runtime
+        self._parts, self._runtime = parts, runtime
         hidden = parts.norm.weight.shape[0]
-        cosine, _ = _angles(parts.rotary, torch.zeros(1, 1, hidden), 3)
-        width = cosine.shape[-1]
-        # Most families give each angle twice, once for either half of a head.
-        self.pairs = width // 2 if torch.equal(cosine[..., : width // 2], cosine[..., width // 2 :]) else width
+        self._angles = _Angles(parts.rotary, hidden)
+        self.pairs = self._angles.pairs
         self.x, self.delta, self.normed = (torch.zeros(hidden) for _ in range(3))
-        self._cosine, self._sine = (torch.zeros(cosine.numel()) for _ in range(2))
+        self._embed, self._head = _embedding(pool, parts.embed), NativeHead(pool, parts.norm, _matrix(parts.head))
+        self._kept = [*_tensors(parts.embed), *_tensors(parts.head)]
         guesses = _guesses(parts.layers) if predict else [None] * len(parts.layers)
         self._layers = [
             _Layer(self, pool, runtime, layer, guess) for layer, guess in zip(parts.layers, guesses, strict=True)
@@ -57,18 +57,15 @@ class LeanDecoder:
         self._native = NativeLayers(pool, [layer.native for layer in self._layers], self.delta)
         for number, (state, layer) in enumerate(zip(self._native.tokens, self._layers, strict=True)):
             state.x, state.normed = self.x.data_ptr(), self.normed.data_ptr()
-            state.cosine, state.sine = self._cosine.data_ptr(), self._sine.data_ptr()
+            state.cosine, state.sine = self._angles.cosine.data_ptr(), self._angles.sine.data_ptr()
             state.delta = self.delta.data_ptr() if number else None
             state.weights, state.experts = layer.weights.data_ptr(), ctypes.addressof(layer.experts)
 
     def step(self, token: int, position: int, cache: DynamicCache) -> torch.Tensor:
         """The logits [vocabulary] after one more token, whose key and value are added to a cache that is in use."""
-        parts, runtime = self._parts, self._runtime
-        embedded = parts.embed(torch.tensor([[token]]))
-        cosine, sine = _angles(parts.rotary, embedded, position)
-        self.x.copy_(embedded.view(-1))
-        self._cosine.copy_(cosine.view(-1))
-        self._sine.copy_(sine.view(-1))
+        runtime = self._runtime
+        self._embed.run(token, self.x)
+        self._angles.turn_to(position)
         guessing = runtime.wants_guesses
         for layer, state, cached in zip(self._layers, self._native.tokens, cache.layers, strict=True):
             room: Room = cached.extend()  # type: ignore[attr-defined]
@@ -82,8 +79,7 @@ class LeanDecoder:
             if reached < len(self._layers):
                 self._layers[reached].run_experts(guessing)
             at = reached + 1
-        self.x.add_(self.delta)
-        return parts.head(parts.norm(self.x))
+        return self._head.run(self.delta, self.x)
 
     def _note(self, first: int, end: int, begin: float, guessing: bool) -> None:
         """Do the books of the layers first..end - 1, which have run by themselves since `begin`."""
@@ -160,11 +156,48 @@ class _Layer:
             self._mlp.run(self._hidden, self._out, add=True)
 
 
-def _angles(rotary: Any, like: torch.Tensor, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of a position, float32, contiguous; some families give them as complex numbers."""
-    angles = rotary(like, torch.tensor([[position]]))
-    cosine, sine = (angles.real, angles.imag) if torch.is_tensor(angles) else angles
-    return cosine.contiguous(), sine.contiguous()
+class _Angles:
+    """The cosines and sines of one position, float32 [width], at addresses that stay.
+
+    Attributes:
+        pairs: how many of them are distinct: most families give each angle twice, once for either half of a head.
+    """
+
+    ahead = 64
+    """Positions that are asked for at a time, where angles depend on nothing else."""
+
+    def __init__(self, rotary: Any, hidden: int) -> None:
+        self._rotary, self._like = rotary, torch.zeros(1, 1, hidden)
+        if getattr(rotary, "rope_type", None) not in ("default", "linear", "llama3", "yarn"):
+            self.ahead = 1  # others may depend on how far the sequence has come
+        self._from = -1
+        self._known: tuple[torch.Tensor, ...] = ()
+        cosine = self._ask(3)[0][0]
+        width = len(cosine)
+        self.pairs = width // 2 if torch.equal(cosine[: width // 2], cosine[width // 2 :]) else width
+        self.cosine, self.sine = torch.zeros(width), torch.zeros(width)
+
+    def turn_to(self, position: int) -> None:
+        first = position // self.ahead * self.ahead
+        if first != self._from:
+            self._from, self._known = first, self._ask(first)
+        for ours, known in zip((self.cosine, self.sine), self._known, strict=True):
+            ctypes.memmove(ours.data_ptr(), known.data_ptr() + (position - first) * ours.nbytes, ours.nbytes)
+
+    def _ask(self, first: int) -> tuple[torch.Tensor, ...]:
+        """float32 [ahead, width] each, contiguous; some families give them as complex numbers."""
+        angles = self._rotary(self._like, torch.arange(first, first + self.ahead)[None])
+        cosine, sine = (angles.real, angles.imag) if torch.is_tensor(angles) else angles
+        return cosine[0].float().contiguous(), sine[0].float().contiguous()
+
+
+def _embedding(pool: NativePool, module: nn.Module) -> NativeEmbedding:
+    if isinstance(module, QuantEmbedding):
+        packed = module.packed
+        return NativeEmbedding(pool, NativeMatrix(pool, packed.data, packed.rows, packed.cols, packed.format).spec)
+    if type(module) is not nn.Embedding:
+        raise UnfitError(f"embeddings of type {type(module).__name__}")
+    return NativeEmbedding(pool, _plain(module.weight, None))
 
 
 def _attention(pool: NativePool, ends: Ends, parts: AttentionParts, scaling: float, pairs: int) -> NativeAttention:
@@ -253,7 +286,10 @@ def _matrix(module: nn.Module) -> Matrix:
     if isinstance(module, NativeLinear):
         return module.matrix.spec
     assert isinstance(module, nn.Linear), module
-    weight, bias = module.weight, module.bias
+    return _plain(module.weight, module.bias)
+
+
+def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> Matrix:
     assert weight.dtype == torch.float32, weight.dtype
     assert weight.is_contiguous(), weight.stride()
     return Matrix(

@@ -41,6 +41,8 @@ _FUNCTIONS = {
     "pm_attention": ((_POINTER, _POINTER, _POINTER), _INT),
     "pm_latent_attention": ((_POINTER, _POINTER, _POINTER), _INT),
     "pm_layers": ((_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _INT, _POINTER, _POINTER, _POINTER), _INT),
+    "pm_embed": ((_POINTER, _SIZE, _POINTER), _INT),
+    "pm_head": ((_POINTER, _POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, _POINTER), _INT),
     "pm_mlp": ((_POINTER, _POINTER, _POINTER, _INT, _POINTER), _INT),
     "pm_combine": ((_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER), _INT),
     "pm_stream": ((_POINTER, _POINTER, _POINTER, _SIZE), ctypes.c_uint64),

@@ -17,7 +17,10 @@ PARTS = {"quant": set(), "cache": set(), "offload": {"quant", "cache"}, "cli": {
 MOST_LINES = 400
 # A file imports only files to its left. Those that are not named here are free, as long as nothing goes in circles.
 ORDER = {
-    "quant": "int4 int8 mxfp4 nf4 codecs kernels native native_step native_layers triton_kernels linear triton_linear",
+    "quant": (
+        "int4 int8 mxfp4 nf4 codecs kernels native native_step native_layers native_edges triton_kernels linear "
+        "triton_linear"
+    ),
     "cache": (
         "expert units order published forecast hybrid policy manager trace history replay counters "
         "device_stats cost advice machine routing strategies simulate verdict report sections "

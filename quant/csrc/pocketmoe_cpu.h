@@ -195,6 +195,13 @@ PM_API int32_t pm_latent_attention(pm_context* context, const pm_latent_spec* sp
 PM_API int32_t pm_layers(pm_context* context, const pm_layer* layers, const pm_token* tokens, int64_t first,
                          int64_t count, int32_t alone, float* delta, double* seconds, int64_t* reached);
 
+// x [table.cols] = a row of an embedding, which is not PM_MXFP4.
+PM_API int32_t pm_embed(const pm_matrix* table, int64_t row, float* x);
+
+// What follows the last layer: x += delta, then logits [head.rows] = head(norm(x)).
+PM_API int32_t pm_head(pm_context* context, const pm_matrix* head, const float* norm, float epsilon, const float* delta,
+                       float* x, float* logits);
+
 // One token through a feed-forward block; adds to y if `add`, else writes it. x [hidden], y [hidden].
 PM_API int32_t pm_mlp(pm_context* context, const pm_mlp_spec* spec, const float* x, int32_t add, float* y);
 
