@@ -91,6 +91,8 @@ class Prefetcher:
         depth: most guesses in flight.
         worth: least precision of a rank. A wrong guess costs a read, and the slot of an expert that may be wanted; a
             right one saves at most the wait for one.
+        idle_worth: the same of a rank whose guesses are read only while the disk has nothing else to do, as while the
+            next layer's attention is computed.
     """
 
     def __init__(
@@ -101,9 +103,10 @@ class Prefetcher:
         stats: RunStats,
         depth: int = 16,
         worth: float = 0.6,
+        idle_worth: float = 0.3,
     ) -> None:
         self._cache, self._slots, self._transfers, self._stats = cache, slots, transfers, stats
-        self._depth, self._worth = depth, worth
+        self._depth, self._worth, self._idle_worth = depth, worth, idle_worth
         self._precision = Precision()
         self._guessed: dict[int, list[tuple[int, int]]] = {}
         """By layer: rank and index of the guesses that were not resident."""
@@ -121,14 +124,16 @@ class Prefetcher:
             if self._cache.slot_of(expert) is not None:
                 continue
             guessed.append((rank, index))
-            if len(self._flying) >= self._depth or self._precision.of(rank) < self._worth:
+            precision = self._precision.of(rank)
+            if len(self._flying) >= self._depth or precision < self._idle_worth:
                 continue
             admission = self._cache.admit(expert, transient=True)
             if admission is None:
                 continue
             self.evicted(admission.evicted)
             self._stats.record_prefetch(layer, issued=1)
-            self._flying[expert] = self._transfers.fetch(expert, self._slots.view(admission.slot), demand=False)
+            view, idle = self._slots.view(admission.slot), precision < self._worth
+            self._flying[expert] = self._transfers.fetch(expert, view, demand=False, idle=idle)
 
     def settle(self, layer: int, chosen: set[int]) -> None:
         for rank, index in self._guessed.pop(layer, ()):

@@ -45,7 +45,7 @@ class Transfers(Protocol):
 
     def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False) -> Ticket:
         """Start to read a record into `view`. Demand reads go before prefetches, and those before idle reads, which
-        begin only while nothing is waited for."""
+        begin one at a time and only while nothing else is read."""
         ...
 
     def promote(self, ticket: Ticket) -> None:
@@ -168,7 +168,7 @@ class ThreadedTransfers:
             return None
         if self._ahead:
             return self._ahead
-        return self._idle if self._idle and not self._running_demand else None
+        return self._idle if self._idle and not self._running_demand and not self._running_ahead else None
 
     def _drop_waiting(self) -> None:
         for queue in (self._demand, self._ahead, self._idle):

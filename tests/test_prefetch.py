@@ -194,26 +194,30 @@ def test_at_most_depth_guesses_are_in_flight():
     bench.check()
 
 
-def test_a_rank_that_is_mostly_wrong_is_read_ahead_no_more_until_it_is_right_again():
+def test_a_rank_that_is_often_wrong_waits_for_an_idle_disk_and_is_read_no_more_when_it_goes_on_so():
     bench = Bench()
 
     def guess(right):
-        """One token's guess of two experts, of which the second is or is not chosen; returns what was read ahead."""
+        """One token's guess of two experts, of which the second is or is not chosen; returns which were asked for,
+        and whether only for an idle disk."""
         bench.transfers.tickets.clear()
         bench.prefetch.request(1, [8, 9])
-        asked = {expert.index for expert in bench.transfers.tickets}
+        asked = {expert.index: ticket.idle for expert, ticket in bench.transfers.tickets.items()}
         bench.prefetch.settle(1, {8, 9} if right else {8, 7})
         bench.prefetch.drain()
         bench.cache.clear()
         return asked
 
-    assert guess(right=False) == {8, 9}
+    assert guess(right=False) == {8: False, 9: False}
     for _ in range(30):
         last = guess(right=False)
-    assert last == {8}, "the first choice was always right, the second never"
-    for _ in range(60):
+    assert last == {8: False, 9: True}, "the first choice was always right, the second never"
+    for _ in range(30):
+        last = guess(right=False)
+    assert last == {8: False}
+    for _ in range(150):
         last = guess(right=True)
-    assert last == {8, 9}
+    assert last == {8: False, 9: False}
 
 
 def test_a_guess_never_takes_the_slot_of_a_locked_expert(bench):

@@ -266,10 +266,11 @@ def test_idle_reads_begin_only_while_nothing_else_is_asked_for(busy):
     assert reader.order == [D, C, B, A]
 
 
-def test_an_idle_read_does_not_begin_beside_one_that_is_waited_for(threaded):
+@pytest.mark.parametrize("demand", [True, False])
+def test_an_idle_read_does_not_begin_beside_another_one(threaded, demand):
     reader = FakeReader(gated=[D])
     transfers = threaded(reader, readers=2)
-    ticket = transfers.fetch(D, view(), demand=True)
+    ticket = transfers.fetch(D, view(), demand)
     assert reader.entered.wait(PATIENCE)
     idle = transfers.fetch(A, view(), demand=False, idle=True)
     finish(transfers, transfers.fetch(B, view(), demand=False))  # the other reader is awake, and takes this one
