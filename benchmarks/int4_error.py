@@ -29,8 +29,8 @@ Quantizer = Callable[[torch.Tensor], torch.Tensor]
 """A matrix to what a format makes of it."""
 
 
-def ours(group: int, symmetric: bool) -> Quantizer:
-    fmt = Int4Format(group, symmetric)
+def ours(group: int, kind: str) -> Quantizer:
+    fmt = Int4Format(group, kind)
     return lambda w: int4.dequantize(int4.pack(*int4.quantize(w, fmt), fmt), w.shape[0], w.shape[1], fmt)
 
 
@@ -79,17 +79,17 @@ def hqq(group: int) -> Quantizer:
 
 
 FORMATS: list[tuple[str, float, Callable[..., Quantizer], tuple[Any, ...]]] = [
-    ("int4-g128", 4.125, ours, (128, True)),
+    ("int4-g128", 4.125, ours, (128, "sym")),
     ("NF4, 64, scales quantised twice", 4.127, nf4, (64, True)),
-    ("int4-g64", 4.25, ours, (64, True)),
-    ("int4-g128-asym", 4.25, ours, (128, False)),
-    ("int4-g32", 4.5, ours, (32, True)),
-    ("int4-g64-asym", 4.5, ours, (64, False)),
+    ("int4-g64", 4.25, ours, (64, "sym")),
+    ("int4-g128-asym", 4.25, ours, (128, "asym")),
+    ("int4-g32", 4.5, ours, (32, "sym")),
+    ("int4-g64-asym", 4.5, ours, (64, "asym")),
     ("NF4, 64", 4.5, nf4, (64, False)),
     ("HQQ, 64", 4.5, hqq, (64,)),
     ("min/max over 7, 32", 4.5, min_max, (32,)),
     ("integer zero point, 32", 4.625, integer_zero, (32,)),
-    ("int4-g32-asym", 5.0, ours, (32, False)),
+    ("int4-g32-asym", 5.0, ours, (32, "asym")),
     ("NF4, 32", 5.0, nf4, (32, False)),
     ("HQQ, 32", 5.0, hqq, (32,)),
 ]

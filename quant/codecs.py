@@ -92,7 +92,7 @@ class Int4Codec:
 
     @property
     def name(self) -> str:
-        return f"int4-g{self.fmt.group}" + ("" if self.fmt.symmetric else "-asym")
+        return f"int4-g{self.fmt.group}" + ("" if self.fmt.kind == int4.SYMMETRIC else f"-{self.fmt.kind}")
 
     def part_nbytes(self, shape: tuple[int, ...]) -> int:
         return self.fmt.nbytes(*shape) if len(shape) == 2 else shape[0] * 4
@@ -166,7 +166,7 @@ class RawCodec:
 _CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
-        *(Int4Codec(int4.Int4Format(group, symmetric)) for group in int4.GROUPS for symmetric in (True, False)),
+        *(Int4Codec(int4.Int4Format(group, kind)) for group in int4.GROUPS for kind in int4.KINDS),
         Mxfp4Codec(),
         Nf4Codec(),
         RawCodec("bf16", torch.bfloat16),
@@ -181,7 +181,7 @@ def codec_names() -> list[str]:
 
 
 def get_codec(name: str) -> Codec:
-    """The codec of that name (`int4-g32`, `int4-g32-asym`, `bf16`, ...). Raises ValueError with the known names."""
+    """The codec of that name (`int4-g32-zp`, `int4-g32`, `bf16`, ...). Raises ValueError with the known names."""
     try:
         return _CODECS[name]
     except KeyError:
@@ -242,7 +242,7 @@ def _encode(codec: Codec, weight: Weight, run: MapPieces) -> torch.Tensor:
 
 def _holding(fmt: int4.Int4Format) -> tuple[int4.Int4Format, ...]:
     """The formats that hold the codes of another: a minimum of -8 scales makes a symmetric matrix asymmetric."""
-    return fmt, int4.Int4Format(fmt.group, symmetric=False)
+    return fmt, int4.Int4Format(fmt.group, int4.MINIMUM)
 
 
 def decode_expert(

@@ -4,20 +4,23 @@ This file knows one matrix. It does not know experts, records or files.
 
 A matrix W of shape [rows, cols] is cut into groups of `group` columns. Each group of each row has codes 0..15 and
 
-    symmetric    W = scale * (code - 8)
-    asymmetric   W = scale * code + minimum          (a float minimum: holds GGUF's Q4_1 exactly)
+    sym    W = scale * (code - 8)                    scale in float16
+    asym   W = scale * code + minimum                both in float16: holds GGUF's Q4_1 exactly
+    zp     W = scale * (code - zero point)           both in one word of 16 bits: the least error in the bytes of sym
 
-with scale and minimum in float16. The bytes, the same on disk, in RAM, in VRAM and for every instruction set:
+The word of zp has the zero point in its low 6 bits, in quarters of a step, and in its high 10 a scale of 5 bits of
+exponent and 5 of mantissa, 2^-24 to 252: `(word & 0xFFC0) << 12`, plus 103 << 23, are the bits of a float32. The
+bytes, the same on disk, in RAM, in VRAM and for every instruction set:
 
     for each block of 16 rows:
-        scales    [groups, 16] float16
-        minimums  [groups, 16] float16               asymmetric only
+        scales    [groups, 16] float16, or words
+        minimums  [groups, 16] float16               asym only
         (zero bytes up to a multiple of 64)
         codes     [cols / 8, 16, 4] uint8            byte j of row r in chunk c holds
                                                      column 8c + j (low nibble) and 8c + 4 + j (high nibble)
 
 so that one 64-byte register holds 16 rows, and four neighbouring bytes are one lane of an int8 dot product. Rows are
-padded to a multiple of 16 with scale 0 and columns to a multiple of `group` with the code of zero; neither shows in the
+padded to a multiple of 16 with zero bytes and columns to a multiple of `group` with any code; neither shows in the
 result because the activations are padded with zeros and the extra rows are cut off.
 """
 
@@ -32,6 +35,9 @@ import torch
 ROW_BLOCK = 16
 ALIGNMENT = 64
 GROUPS = (32, 64, 128)
+SYMMETRIC, MINIMUM, ZERO_POINT = KINDS = ("sym", "asym", "zp")
+_ZERO_STEPS, _ZERO_LIMIT = 4, 63
+_SCALE_BIAS, _SCALE_SHIFT = 103 << 23, 18  # of a zero point's scale as float32: least exponent, bits that are not kept
 _PIECE = 1 << 20  # weights
 MapPieces = Callable[[Callable[[slice], torch.Tensor], Iterable[slice]], Iterable[torch.Tensor]]
 """`map`, or the `map` of a pool of threads: what quantises the pieces of a matrix."""
@@ -43,20 +49,26 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Int4Format:
-    """How a matrix is packed: columns per scale and whether a group has its own minimum."""
+    """How a matrix is packed: columns per scale and what of `KINDS` a group has beside it."""
 
     group: int = 32
-    symmetric: bool = True
+    kind: str = SYMMETRIC
 
     def __post_init__(self) -> None:
         if self.group not in GROUPS:
             raise ValueError(f"INT4 group size must be one of {GROUPS}, not {self.group}")
+        if self.kind not in KINDS:
+            raise ValueError(f"INT4 kind must be one of {KINDS}, not {self.kind!r}")
 
     def block_bytes(self, cols: int) -> tuple[int, int]:
         """Bytes of one block of 16 rows: (scales and minimums with their padding, codes)."""
         padded = round_up(cols, self.group)
-        planes = 1 if self.symmetric else 2
-        return round_up(padded // self.group * ROW_BLOCK * 2 * planes, ALIGNMENT), padded // 2 * ROW_BLOCK
+        return round_up(padded // self.group * ROW_BLOCK * 2 * self.planes, ALIGNMENT), padded // 2 * ROW_BLOCK
+
+    @property
+    def planes(self) -> int:
+        """Numbers of 16 bits that a group has."""
+        return 2 if self.kind == MINIMUM else 1
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of a packed matrix of shape [rows, cols]; a multiple of 64."""
@@ -87,7 +99,7 @@ class Int4Matrix:
     @property
     def format(self) -> Int4Format:
         """The format that holds its codes. Raises ValueError for a group size that no format has."""
-        return Int4Format(self.shape[1] // self.scales.shape[1], self.minimums is None)
+        return Int4Format(self.shape[1] // self.scales.shape[1], SYMMETRIC if self.minimums is None else MINIMUM)
 
     def __getitem__(self, rows: slice) -> Int4Matrix:
         """Some of the rows."""
@@ -158,14 +170,15 @@ def quantize(weight: torch.Tensor, fmt: Int4Format) -> tuple[torch.Tensor, torch
 
     Symmetric: the value of largest magnitude in a group (the negative one of two) maps to code 0 (that is, -8), as
     GGUF's Q4_0 does; of the rules that we measured it has the lowest perplexity, although not the least squared error.
-    Asymmetric: the smallest value maps to code 0 and the largest to 15, which gives back a matrix that already was
-    Q4_1 exactly.
+    The others: the smallest value maps to code 0 and the largest to 15, which gives back a matrix that already was
+    Q4_1 exactly where groups have a minimum.
 
     Args:
         weight: [rows, cols], any floating dtype.
 
     Returns:
-        codes uint8 [rows, padded cols], scales float16 [rows, groups], minimums float16 [rows, groups] or None.
+        codes uint8 [rows, padded cols]; scales [rows, groups], and minimums of that shape or None, in float16, with
+        zero points in float32.
 
     Raises:
         ValueError: weight is not a finite matrix.
@@ -178,42 +191,65 @@ def quantize(weight: torch.Tensor, fmt: Int4Format) -> tuple[torch.Tensor, torch
         w = torch.cat([w, w[:, -1:].expand(rows, padded - cols)], dim=1)
     w = w.reshape(rows, padded // fmt.group, fmt.group)
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
-    if fmt.symmetric:
+    minimum = None
+    if fmt.kind == SYMMETRIC:
         extreme = torch.where(-low >= high, low, high)  # an argmax of magnitudes is as slow as all the rest together
         scale = (extreme / -8).half()
-        inverse = torch.where(scale == 0, 0.0, 1.0 / scale.float())
-        codes = (w * inverse).round_().add_(8).clamp_(0, 15)
-        minimum = None
-    else:
+        codes = (w * _inverse(scale)).round_().add_(8).clamp_(0, 15)
+    elif fmt.kind == MINIMUM:
         scale, minimum = ((high - low) / 15).half(), low.half()
-        inverse = torch.where(scale == 0, 0.0, 1.0 / scale.float())
-        codes = ((w - minimum.float()) * inverse).round_().clamp_(0, 15)
+        codes = ((w - minimum.float()) * _inverse(scale)).round_().clamp_(0, 15)
+    else:
+        scale, zero = _zero_point(low, high)
+        minimum = -scale * zero
+        codes = torch.addcmul(zero, w, _inverse(scale)).round_().clamp_(0, 15)
     if not torch.isfinite(scale).all() or (minimum is not None and not torch.isfinite(minimum).all()):
-        raise ValueError(f"matrix of shape {tuple(weight.shape)} has values beyond float16's range")
+        raise ValueError(f"matrix of shape {tuple(weight.shape)} has values beyond the range of INT4's scales")
     codes = codes.to(torch.uint8).reshape(rows, padded)
     if padded != cols:
-        codes[:, cols:] = 8 if fmt.symmetric else 0
+        codes[:, cols:] = 8 if fmt.kind == SYMMETRIC else 0
     return codes, scale.squeeze(-1), None if minimum is None else minimum.squeeze(-1)
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale == 0, 0.0, 1.0 / scale.float())
+
+
+def _zero_point(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points, float32, as their words hold them; a scale beyond their range is infinite."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    half, least, most = 1 << _SCALE_SHIFT - 1, _SCALE_BIAS, _SCALE_BIAS + (0x3FF << _SCALE_SHIFT)
+    bits = ((high - low) / 15).view(torch.int32) + half & -2 * half
+    scale = bits.clamp(least, most).view(torch.float32)
+    zero = (low * (-_ZERO_STEPS / scale)).round_().clamp_(0, _ZERO_LIMIT) / _ZERO_STEPS
+    return scale.masked_fill_(bits > most, torch.inf), zero
+
+
+def _words(scales: torch.Tensor, minimums: torch.Tensor) -> torch.Tensor:
+    """int16: scales and zero points as records hold them."""
+    zeros = (minimums / scales * -_ZERO_STEPS).round().int()
+    return ((scales.view(torch.int32) - _SCALE_BIAS >> _SCALE_SHIFT - 6) + zeros).to(torch.int16)
 
 
 def pack(codes: torch.Tensor, scales: torch.Tensor, minimums: torch.Tensor | None, fmt: Int4Format) -> torch.Tensor:
     """Lay codes, scales and minimums out as the packed bytes described at the top of this file: uint8 [nbytes]."""
     rows, padded = codes.shape
     blocks = round_up(rows, ROW_BLOCK) // ROW_BLOCK
-    pad_rows = blocks * ROW_BLOCK - rows
-    if pad_rows:
-        codes = torch.nn.functional.pad(codes, (0, 0, 0, pad_rows))
-        scales = torch.nn.functional.pad(scales, (0, 0, 0, pad_rows))
-        minimums = None if minimums is None else torch.nn.functional.pad(minimums, (0, 0, 0, pad_rows))
+    if fmt.kind == ZERO_POINT:
+        assert minimums is not None, fmt
+        planes = [_words(scales, minimums)]
+    else:
+        planes = [scales.half()] if minimums is None else [scales.half(), minimums.half()]
+    if pad_rows := blocks * ROW_BLOCK - rows:
+        codes, *planes = (torch.nn.functional.pad(part, (0, 0, 0, pad_rows)) for part in (codes, *planes))
     head, body = fmt.block_bytes(padded)
     out = torch.zeros(blocks, head + body, dtype=torch.uint8)
 
-    def plane(values: torch.Tensor) -> torch.Tensor:  # [rows, groups] float16 -> [blocks, groups * 16 * 2] bytes
-        by_block = values.half().reshape(blocks, ROW_BLOCK, -1).transpose(1, 2).contiguous()
+    def plane(values: torch.Tensor) -> torch.Tensor:  # [rows, groups] of 16 bits -> [blocks, groups * 16 * 2] bytes
+        by_block = values.reshape(blocks, ROW_BLOCK, -1).transpose(1, 2).contiguous()
         return by_block.view(torch.uint8).reshape(blocks, -1)
 
-    planes = [plane(scales)] if minimums is None else [plane(scales), plane(minimums)]
-    heads = torch.cat(planes, dim=1)
+    heads = torch.cat([plane(values) for values in planes], dim=1)
     out[:, : heads.shape[1]] = heads
     # [blocks, row, chunk, half, byte] -> [blocks, chunk, row, byte], low nibble from half 0, high from half 1
     halves = codes.reshape(blocks, ROW_BLOCK, padded // 8, 2, 4).permute(3, 0, 2, 1, 4)
@@ -225,13 +261,13 @@ def repack(matrix: Int4Matrix, fmt: Int4Format) -> torch.Tensor:
     """`pack` with the codes and scales that a matrix has already.
 
     Args:
-        fmt: the matrix's own, or the asymmetric one of its group for a symmetric matrix.
+        fmt: the matrix's own, or the one with minimums of its group for a symmetric matrix.
 
     Raises:
         ValueError: a scale or minimum is no number of float16.
     """
     minimums = matrix.minimums
-    if minimums is None and not fmt.symmetric:
+    if minimums is None and fmt.kind == MINIMUM:
         minimums = matrix.scales.float() * -8
     for what, values in (("scale", matrix.scales), ("minimum", minimums)):
         kept = values is None or (is_finite(values.half()) and torch.equal(values.half().float(), values.float()))
@@ -243,22 +279,31 @@ def repack(matrix: Int4Matrix, fmt: Int4Format) -> torch.Tensor:
 def unpack(
     packed: torch.Tensor, rows: int, cols: int, fmt: Int4Format
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The inverse of `pack`: codes uint8 [rows, padded cols], scales float16 [rows, groups], minimums or None."""
+    """The inverse of `pack`: codes uint8 [rows, padded cols], scales and minimums [rows, groups] as of `quantize`."""
     padded = round_up(cols, fmt.group)
-    groups = padded // fmt.group
     blocks = round_up(rows, ROW_BLOCK) // ROW_BLOCK
     head, body = fmt.block_bytes(cols)
     by_block = packed.reshape(blocks, head + body)
-
-    def plane(index: int) -> torch.Tensor:
-        size = groups * ROW_BLOCK * 2
-        values = by_block[:, index * size : (index + 1) * size].contiguous().view(torch.float16)
-        return values.reshape(blocks, groups, ROW_BLOCK).transpose(1, 2).reshape(blocks * ROW_BLOCK, groups)[:rows]
-
+    scales, minimums = (
+        None if part is None else part.transpose(1, 2).reshape(blocks * ROW_BLOCK, -1)[:rows]
+        for part in unpack_heads(by_block, padded // fmt.group, fmt)
+    )
+    assert scales is not None
     nibbles = by_block[:, head:].reshape(blocks, padded // 8, ROW_BLOCK, 4)
     halves = torch.stack((nibbles & 15, nibbles >> 4), dim=3)  # [blocks, chunk, row, half, byte]
     codes = halves.permute(0, 2, 1, 3, 4).reshape(blocks * ROW_BLOCK, padded)[:rows]
-    return codes, plane(0), None if fmt.symmetric else plane(1)
+    return codes, scales, minimums
+
+
+def unpack_heads(blocks: torch.Tensor, groups: int, fmt: Int4Format) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and minimums of packed blocks, uint8 [blocks, bytes]: [blocks, groups, 16] each, None for no minimums."""
+    heads = blocks[:, : fmt.planes * groups * ROW_BLOCK * 2].contiguous().view(torch.int16)
+    first, *second = heads.reshape(-1, fmt.planes, groups, ROW_BLOCK).unbind(1)
+    if fmt.kind != ZERO_POINT:
+        return first.view(torch.float16), second[0].view(torch.float16) if second else None
+    words = first.int()
+    scales = ((words & 0xFFC0) << _SCALE_SHIFT - 6).add_(_SCALE_BIAS).view(torch.float32)
+    return scales, (words & _ZERO_LIMIT) * (scales / -_ZERO_STEPS)
 
 
 def dequantize(
@@ -298,10 +343,9 @@ def matvec(packed: torch.Tensor, rows: int, cols: int, fmt: Int4Format, x: torch
     sums = torch.bmm((nibbles & 15).float(), spread[0])
     sums = sums.baddbmm_((nibbles >> 4).float(), spread[1]).transpose(0, 1)  # [blocks, groups, 16]
     of_x = x.reshape(groups, fmt.group).sum(-1)[:, None]
-    planes = by_block[:, : groups * ROW_BLOCK * 2 * (1 if fmt.symmetric else 2)].contiguous().view(torch.float16)
-    planes = planes.reshape(blocks, -1, groups, ROW_BLOCK).float()
-    if fmt.symmetric:
-        out = ((sums - 8 * of_x) * planes[:, 0]).sum(1)
+    scales, minimums = unpack_heads(by_block, groups, fmt)
+    if minimums is None:
+        out = ((sums - 8 * of_x) * scales.float()).sum(1)
     else:
-        out = (sums * planes[:, 0] + of_x * planes[:, 1]).sum(1)
+        out = (sums * scales.float() + of_x * minimums.float()).sum(1)
     return out.reshape(-1)[:rows]

@@ -78,24 +78,23 @@ class PackedMatrix(NamedTuple):
         """Some rows, float32 [n, cols]; reads only their bytes."""
         fmt, n = self.format, len(indices)
         padded = round_up(self.cols, fmt.group)
+        groups = padded // fmt.group
         head, _ = fmt.block_bytes(self.cols)
         blocks = self.data.reshape(round_up(self.rows, ROW_BLOCK) // ROW_BLOCK, -1)
         block, row = indices // ROW_BLOCK, indices % ROW_BLOCK
-        groups = padded // fmt.group
-        planes = 1 if isinstance(fmt, Int8Format) or fmt.symmetric else 2
-        heads = blocks[:, : planes * groups * ROW_BLOCK * 2].view(torch.float16).reshape(-1, planes, groups, ROW_BLOCK)
-        scales = heads[block, :, :, row].float().unsqueeze(-1)  # [n, planes, groups, 1]
-        body = blocks[:, head:]
+        heads = int4.Int4Format(fmt.group) if isinstance(fmt, Int8Format) else fmt  # INT8 has the scales of INT4
+        scales, minimums = int4.unpack_heads(blocks[:, :head][block], groups, heads)
+        body, each = blocks[:, head:], torch.arange(n)
         if isinstance(fmt, Int8Format):
-            codes = body.unflatten(1, (padded // 4, ROW_BLOCK, 4))[block, :, row].reshape(n, padded)
+            codes = body.unflatten(1, (padded // 4, ROW_BLOCK, 4))[block, :, row].reshape(n, groups, fmt.group)
             zero = int8.ZERO
         else:
             nibbles = body.unflatten(1, (padded // 8, ROW_BLOCK, 4))[block, :, row]  # [n, chunks, 4]
-            codes = torch.stack((nibbles & 15, nibbles >> 4), 2).reshape(n, padded)
-            zero = 8 if fmt.symmetric else 0
-        values = (codes.reshape(n, groups, fmt.group).float() - zero) * scales[:, 0]
-        if planes == 2:
-            values = values + scales[:, 1]
+            codes = torch.stack((nibbles & 15, nibbles >> 4), 2).reshape(n, groups, fmt.group)
+            zero = 8 if minimums is None else 0
+        values = (codes.float() - zero) * scales[each, :, row].float().unsqueeze(-1)
+        if minimums is not None:
+            values += minimums[each, :, row].float().unsqueeze(-1)
         return values.reshape(n, padded)[:, : self.cols]
 
 

@@ -36,7 +36,7 @@ __all__ = [
     "why_missing",
 ]
 PackedFormat = Int4Format | Int8Format | Mxfp4Format
-_FORMATS = {"int4": 0, "int4_asymmetric": 1, "int8": 2, "mxfp4": 4}
+_FORMATS = {"sym": 0, "asym": 1, "int8": 2, "mxfp4": 4, "zp": 5}
 FLOAT32 = 3
 """`pm_format` of a matrix that is not packed."""
 
@@ -159,7 +159,7 @@ def check(status: int, what: str) -> None:
 
 def _format_fields(fmt: PackedFormat) -> dict[str, int]:
     if isinstance(fmt, Int4Format):
-        name = "int4" if fmt.symmetric else "int4_asymmetric"
+        name = fmt.kind
     else:
         name = "int8" if isinstance(fmt, Int8Format) else "mxfp4"
     return {"format": _FORMATS[name], "group": fmt.group}

@@ -91,7 +91,7 @@ def _chunk_products(block, chunk, x, P: tl.constexpr, CHUNKS: tl.constexpr):
     at = tl.max_contiguous((chunk // (P.group // word))[:, None] * 16 + lane, [1, 4])
     products *= _scales(block, at, inside, P)
     if P.minimums is not None:
-        products += x_sum[:, None] * _read(block + P.minimums, at, inside, tl.float16)
+        products += x_sum[:, None] * _minimums(block, at, inside, P)
     return products
 
 
@@ -166,7 +166,7 @@ def _tile_products(
     products *= _scales(matrix, at, there, P)[:, None]
     if P.minimums is not None:
         x_sum = tl.reduce(x_tile.to(tl.float32), 0, tl.standard._sum_combine)
-        products += _read(matrix + P.minimums, at, there, tl.float16)[:, None] * x_sum[None, :]
+        products += _minimums(matrix, at, there, P)[:, None] * x_sum[None, :]
     return products
 
 
@@ -250,9 +250,28 @@ def _codes(words, P: tl.constexpr):
 def _scales(data, index, inside, P: tl.constexpr):
     if P.codes == "mxfp4":
         scales = (_read(data, index, inside, tl.uint8).to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    elif P.words:
+        scales = _word_scales(_read(data, index, inside, tl.int16).to(tl.int32))
     else:
         scales = _read(data, index, inside, tl.float16).to(tl.float32)
     return scales
+
+
+@triton.jit
+def _minimums(data, index, inside, P: tl.constexpr):
+    """What the code 0 stands for, float32."""
+    if P.words:
+        words = _read(data, index, inside, tl.int16).to(tl.int32)
+        minimums = (words & 0x3F).to(tl.float32) * (_word_scales(words) * -0.25)
+    else:
+        minimums = _read(data + P.minimums, index, inside, tl.float16).to(tl.float32)
+    return minimums
+
+
+@triton.jit
+def _word_scales(words):
+    """The scales in words of scale and zero point (`int4.py`)."""
+    return (((words & 0xFFC0) << 12) + 0x33800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import torch
 
 from .activations import KINDS, Activation
 from .codecs import ExpertShape, RecordLayout
-from .int4 import ROW_BLOCK, Int4Format, round_up
+from .int4 import MINIMUM, ROW_BLOCK, SYMMETRIC, ZERO_POINT, Int4Format, round_up
 from .int8 import Int8Format
 from .mxfp4 import Mxfp4Format
 
@@ -106,13 +106,15 @@ class PackedShape:
     body: int
     """Bytes of the scales and of the codes of a block of 16 rows."""
     minimums: int | None
-    """Where the minimums lie in such a block, in bytes."""
+    """Where the minimums lie in such a block, in bytes; None where the weights' zero is a fixed code."""
+    words: bool
+    """Scales and minimums are those of `int4.ZERO_POINT`."""
 
     @classmethod
     def of(cls, fmt: Int4Format | Int8Format | Mxfp4Format, rows: int, cols: int) -> PackedShape:
         padded, wide = round_up(cols, fmt.group), isinstance(fmt, Int8Format)
         head, body = fmt.block_bytes(cols)
-        asymmetric = isinstance(fmt, Int4Format) and not fmt.symmetric
+        kind = fmt.kind if isinstance(fmt, Int4Format) else SYMMETRIC
         return cls(
             rows=rows,
             cols=cols,
@@ -122,7 +124,8 @@ class PackedShape:
             padded=padded,
             head=head,
             body=body,
-            minimums=padded // fmt.group * ROW_BLOCK * 2 if asymmetric else None,
+            minimums={MINIMUM: padded // fmt.group * ROW_BLOCK * 2, ZERO_POINT: 0}.get(kind),
+            words=kind == ZERO_POINT,
         )
 
 

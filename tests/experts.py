@@ -17,7 +17,7 @@ ACTIVATIONS = [
     Activation("gelu_tanh"),
     Activation("relu2"),
 ]
-CODECS = [*(f"int4-g{group}{suffix}" for group in int4.GROUPS for suffix in ("", "-asym")), "mxfp4"]
+CODECS = [*(f"int4-g{group}{suffix}" for group in int4.GROUPS for suffix in ("", "-asym", "-zp")), "mxfp4"]
 
 
 def nearest_mxfp4(weight: torch.Tensor) -> torch.Tensor:

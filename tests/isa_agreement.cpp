@@ -54,7 +54,9 @@ struct Random {
             for (int64_t i = 0; i < scales; i++) {
                 const uint16_t scale = (matrix.format == PM_INT8 ? 0x1800 : 0x2800) + bits() % 1024;
                 const uint16_t minimum = 0xB380 + bits() % 256;
-                if (matrix.format == PM_MXFP4) to[i] = static_cast<uint8_t>(121 + bits() % 3);
+                const uint16_t word = static_cast<uint16_t>(0x9800 + (bits() % 32 << 6) + 26 + bits() % 9);
+                if (matrix.format == PM_INT4_ZERO_POINT) memcpy(to + 2 * i, &word, 2);
+                else if (matrix.format == PM_MXFP4) to[i] = static_cast<uint8_t>(121 + bits() % 3);
                 else memcpy(to + 2 * i, &scale, 2);
                 if (matrix.format == PM_INT4_ASYMMETRIC) memcpy(to + 2 * (scales + i), &minimum, 2);
             }
@@ -263,7 +265,7 @@ struct Case {
 
 int main() {
     const std::vector<int32_t> trunk = {PM_FLOAT32, PM_INT8, PM_INT4};
-    const std::vector<int32_t> all = {PM_INT4, PM_INT4_ASYMMETRIC, PM_INT8, PM_MXFP4};
+    const std::vector<int32_t> all = {PM_INT4, PM_INT4_ASYMMETRIC, PM_INT4_ZERO_POINT, PM_INT8, PM_MXFP4};
     const Case cases[] = {{"attention", attention, 6, trunk}, {"latent attention", latent_attention, 4, trunk},
                           {"linear", linear, 4, all}, {"mlp", mlp, 4, trunk}, {"experts", experts, 4, all}};
     pm_context* const plain = pm_create(2, "portable");

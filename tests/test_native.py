@@ -22,7 +22,7 @@ from pocketmoe.quant.kernels import ExpertJob
 from pocketmoe.quant.mxfp4 import Mxfp4Format
 from pocketmoe.quant.native import PackedFormat
 
-FORMATS = [*(Int4Format(group, symmetric) for group in int4.GROUPS for symmetric in (True, False))]
+FORMATS = [*(Int4Format(group, kind) for group in int4.GROUPS for kind in int4.KINDS)]
 FORMATS = [*FORMATS, *(Int8Format(group) for group in int4.GROUPS), Mxfp4Format()]
 
 
@@ -167,7 +167,7 @@ def test_experts_agree_with_the_references(pool: native.NativePool, codec: str, 
 def test_a_rows_result_does_not_depend_on_the_rows_jobs_and_threads_beside_it(library: native.NativeLibrary, isa: str):
     torch.manual_seed(1)
     shape = ExpertShape(288, 160)
-    for codec in ("int4-g32", "int4-g32-asym", "int4-g64", "mxfp4"):
+    for codec in ("int4-g32", "int4-g32-asym", "int4-g32-zp", "int4-g64", "mxfp4"):
         records = [random_expert(codec, shape, seed)[0] for seed in range(4)]
         x = torch.randn(70, shape.hidden)
         counts = [67, 1, 6, 70]
@@ -194,7 +194,7 @@ def test_a_rows_result_does_not_depend_on_the_rows_jobs_and_threads_beside_it(li
         pool.close()
 
 
-@pytest.mark.parametrize("fmt", [Int4Format(32), Int4Format(64, False), Int8Format(128), Mxfp4Format()], ids=str)
+@pytest.mark.parametrize("fmt", [Int4Format(32), Int4Format(64, "zp"), Int8Format(128), Mxfp4Format()], ids=str)
 def test_a_linear_row_does_not_depend_on_the_rows_beside_it(pool: native.NativePool, fmt: PackedFormat):
     torch.manual_seed(2)
     packed, _ = packed_matrix(fmt, torch.randn(300, 1100))

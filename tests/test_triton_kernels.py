@@ -84,7 +84,7 @@ def test_experts_of_every_activation_are_within_the_stated_bound(
     check_experts("int4-g32", ExpertShape(40, 17, activation.has_gate, bias), activation, (1, 6), device)
 
 
-@pytest.mark.parametrize("codec", ["int4-g32", "int4-g64-asym", "mxfp4"])
+@pytest.mark.parametrize("codec", ["int4-g32-zp", "int4-g64-asym", "mxfp4"])
 def test_any_number_of_rows_is_computed(device: torch.device, codec: str):
     check_experts(codec, ExpertShape(40, 16), SILU, (1, 4, 5, 16, 17, 32, 33, 512), device)
 
@@ -227,7 +227,7 @@ def test_no_jobs_are_no_launches():
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90, 120])
-@pytest.mark.parametrize("codec", ["int4-g32", "int4-g128-asym", "mxfp4"])
+@pytest.mark.parametrize("codec", ["int4-g32-zp", "int4-g128-asym", "mxfp4"])
 def test_compiled_code_reads_16_bytes_at_a_time_and_multiplies_on_tensor_cores(codec: str, capability: int, tmp_path):
     from triton import compile, knobs
     from triton.backends.compiler import GPUTarget

@@ -63,7 +63,7 @@ struct Panel {
 
     alignas(64) uint8_t unpacked[FORMAT == PM_INT8 ? 64 : BLOCKS * PANEL_GROUPS * GROUP_BYTES];
     alignas(64) float scales[PANEL_GROUPS * LANES];
-    alignas(64) float minimums[FORMAT == PM_INT4_ASYMMETRIC ? PANEL_GROUPS * LANES : 16];
+    alignas(64) float minimums[pm::HAS_MINIMUM<FORMAT> ? PANEL_GROUPS * LANES : 16];
     const uint8_t* codes[BLOCKS];
 
     static const uint8_t* packed(const pm::DotArgs& a, int32_t block, int32_t panel) {
@@ -84,6 +84,7 @@ struct Panel {
                 const int32_t weight_group = (k + g) / a.groups_per_scale, lane = g * LANES + b * pm::ROW_BLOCK;
                 const uint8_t* scale = head + weight_group * pm::SCALE_BYTES<FORMAT>;
                 if (FORMAT == PM_MXFP4) load_exponents(scale, scales + lane);
+                else if (FORMAT == PM_INT4_ZERO_POINT) load_words(scale, scales + lane, minimums + lane);
                 else load_halves(scale, scales + lane);
                 if (FORMAT == PM_INT4_ASYMMETRIC)
                     load_halves(head + (a.weight_groups + weight_group) * 32, minimums + lane);
@@ -170,6 +171,7 @@ void dot(const pm::DotArgs& args) {
     switch (args.format) {
         case PM_INT4: return dot_format<PM_INT4>(args);
         case PM_INT4_ASYMMETRIC: return dot_format<PM_INT4_ASYMMETRIC>(args);
+        case PM_INT4_ZERO_POINT: return dot_format<PM_INT4_ZERO_POINT>(args);
         case PM_MXFP4: return dot_format<PM_MXFP4>(args);
         default: return dot_format<PM_INT8>(args);
     }

@@ -26,6 +26,15 @@ alignas(16) constexpr uint8_t E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11
 template <int FORMAT>
 constexpr int SCALE_BYTES = FORMAT == PM_MXFP4 ? 16 : 32;
 
+// Whether a weight group has a minimum, what its code 0 stands for, which is added beside Group::start's zero.
+template <int FORMAT>
+constexpr bool HAS_MINIMUM = FORMAT == PM_INT4_ASYMMETRIC || FORMAT == PM_INT4_ZERO_POINT;
+
+// The words of PM_INT4_ZERO_POINT: `(word & WORD_SCALE) << 12`, plus WORD_BIAS, are the bits of the scale; the other
+// bits are the zero point in quarters of a step.
+constexpr int32_t WORD_SCALE = 0xFFC0, WORD_ZERO = 0x3F, WORD_BIAS = 103 << 23;
+constexpr float WORD_STEP = -0.25f;
+
 // 32 columns of one quantised row of activations.
 struct Group {
     float scale;

@@ -75,7 +75,20 @@ PM_INLINE Vec load_exponent(const uint8_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 23));
 }
 
-// 16 halves, or exponents of float32, to floats.
+// Words of scale and zero point; the scales; the minimums.
+PM_INLINE __m256i load_word(const uint8_t* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+PM_INLINE Vec word_scale(__m256i words) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_and_si256(words, _mm256_set1_epi32(pm::WORD_SCALE)), 12);
+    return _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(pm::WORD_BIAS)));
+}
+PM_INLINE Vec word_minimum(__m256i words, Vec scale) {
+    const __m256i zero = _mm256_and_si256(words, _mm256_set1_epi32(pm::WORD_ZERO));
+    return vmul(_mm256_cvtepi32_ps(zero), vmul(scale, vset(pm::WORD_STEP)));
+}
+
+// 16 halves, exponents of float32, or words to floats.
 PM_INLINE void load_halves(const uint8_t* p, float* out) {
     vstore(out, load_half(p));
     vstore(out + 8, load_half(p + 16));
@@ -83,6 +96,13 @@ PM_INLINE void load_halves(const uint8_t* p, float* out) {
 PM_INLINE void load_exponents(const uint8_t* p, float* out) {
     vstore(out, load_exponent(p));
     vstore(out + 8, load_exponent(p + 8));
+}
+PM_INLINE void load_words(const uint8_t* p, float* scales, float* minimums) {
+    for (int r = 0; r < pm::ROW_BLOCK; r += 8) {
+        const __m256i words = load_word(p + 2 * r);
+        vstore(scales + r, word_scale(words));
+        vstore(minimums + r, word_minimum(words, word_scale(words)));
+    }
 }
 
 // Codes of 4 bits to the unsigned bytes to multiply by.
@@ -169,7 +189,7 @@ PM_INLINE Vec add_group(Vec acc, const Sum<FORMAT>& sum, Vec scale, Vec minimum,
     const __m256i n = FORMAT == PM_INT8 ? sum.finish_bytes() : sum.finish_nibbles(x);
     const Vec part = vfma(_mm256_castsi256_ps(n), vset(x.scale), vset(x.shift));
     acc = vfma(scale, part, acc);
-    return FORMAT == PM_INT4_ASYMMETRIC ? vfma(minimum, vset(x.sum), acc) : acc;
+    return pm::HAS_MINIMUM<FORMAT> ? vfma(minimum, vset(x.sum), acc) : acc;
 }
 
 // One row takes both halves of each chunk in one pass over the bytes; more rows need the registers, and take the halves
@@ -195,8 +215,14 @@ PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Gr
             Vec scale[HALVES], minimum[HALVES];
             PM_UNROLL for (int h = 0; h < HALVES; h++) {
                 const uint8_t* of_rows = scales + g * SCALES + SCALES / 2 * h;
-                scale[h] = FORMAT == PM_MXFP4 ? load_exponent(of_rows) : load_half(of_rows);
-                minimum[h] = FORMAT == PM_INT4_ASYMMETRIC ? load_half(minimums + g * 32 + 16 * h) : scale[h];
+                if (FORMAT == PM_INT4_ZERO_POINT) {
+                    const __m256i words = load_word(of_rows);
+                    scale[h] = word_scale(words);
+                    minimum[h] = word_minimum(words, scale[h]);
+                } else {
+                    scale[h] = FORMAT == PM_MXFP4 ? load_exponent(of_rows) : load_half(of_rows);
+                    minimum[h] = FORMAT == PM_INT4_ASYMMETRIC ? load_half(minimums + g * 32 + 16 * h) : scale[h];
+                }
             }
             for (int32_t s = 0; s < a.groups_per_scale; s++) {
                 Sum<FORMAT> sum[ROWS][HALVES];
@@ -256,7 +282,7 @@ PM_INLINE void panel_tile(const uint8_t* const* codes, const float* scales, cons
                 }
             }
             const Vec scale = vload(scales + g * BLOCKS * 16 + lane);
-            const Vec minimum = FORMAT == PM_INT4_ASYMMETRIC ? vload(minimums + g * BLOCKS * 16 + lane) : scale;
+            const Vec minimum = pm::HAS_MINIMUM<FORMAT> ? vload(minimums + g * BLOCKS * 16 + lane) : scale;
             PM_UNROLL for (int t = 0; t < ROWS; t++) {
                 acc[t] = add_group<FORMAT>(acc[t], sum[t], scale, minimum, *x[t]);
                 x[t]++;

@@ -58,9 +58,27 @@ PM_INLINE Vec load_exponent(const uint8_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
 }
 
-// 16 halves, or exponents of float32, to floats.
+// Words of scale and zero point; the scales; the minimums.
+PM_INLINE __m512i load_word(const uint8_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+PM_INLINE Vec word_scale(__m512i words) {
+    const __m512i bits = _mm512_slli_epi32(_mm512_and_si512(words, _mm512_set1_epi32(pm::WORD_SCALE)), 12);
+    return _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(pm::WORD_BIAS)));
+}
+PM_INLINE Vec word_minimum(__m512i words, Vec scale) {
+    const __m512i zero = _mm512_and_si512(words, _mm512_set1_epi32(pm::WORD_ZERO));
+    return vmul(_mm512_cvtepi32_ps(zero), vmul(scale, vset(pm::WORD_STEP)));
+}
+
+// 16 halves, exponents of float32, or words to floats.
 PM_INLINE void load_halves(const uint8_t* p, float* out) { vstore(out, load_half(p)); }
 PM_INLINE void load_exponents(const uint8_t* p, float* out) { vstore(out, load_exponent(p)); }
+PM_INLINE void load_words(const uint8_t* p, float* scales, float* minimums) {
+    const __m512i words = load_word(p);
+    vstore(scales, word_scale(words));
+    vstore(minimums, word_minimum(words, word_scale(words)));
+}
 
 // Codes of 4 bits to the unsigned bytes to multiply by.
 template <int FORMAT>
@@ -86,7 +104,7 @@ template <int FORMAT>
 PM_INLINE Vec add_group(Vec acc, __m512i sum, Vec scale, Vec minimum, const pm::Group& x) {
     const Vec part = vfma(_mm512_castsi512_ps(sum), vset(x.scale), vset(x.shift));
     acc = vfma(scale, part, acc);
-    return FORMAT == PM_INT4_ASYMMETRIC ? vfma(minimum, vset(x.sum), acc) : acc;
+    return pm::HAS_MINIMUM<FORMAT> ? vfma(minimum, vset(x.sum), acc) : acc;
 }
 
 template <int FORMAT, int ROWS, bool PREFETCH>
@@ -103,8 +121,16 @@ PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Gr
     const uint8_t* codes = block + a.head_bytes;
     const uint8_t* position = block;
     for (int32_t g = 0; g < a.weight_groups; g++) {
-        const Vec scale = FORMAT == PM_MXFP4 ? load_exponent(block + g * SCALES) : load_half(block + g * SCALES);
-        const Vec minimum = FORMAT == PM_INT4_ASYMMETRIC ? load_half(block + (a.weight_groups + g) * 32) : scale;
+        const uint8_t* const of_group = block + g * SCALES;
+        Vec scale, minimum;
+        if (FORMAT == PM_INT4_ZERO_POINT) {
+            const __m512i words = load_word(of_group);
+            scale = word_scale(words);
+            minimum = word_minimum(words, scale);
+        } else {
+            scale = FORMAT == PM_MXFP4 ? load_exponent(of_group) : load_half(of_group);
+            minimum = FORMAT == PM_INT4_ASYMMETRIC ? load_half(of_group + a.weight_groups * 32) : scale;
+        }
         for (int32_t s = 0; s < a.groups_per_scale; s++) {
             __m512i sum[ROWS];
             PM_UNROLL for (int t = 0; t < ROWS; t++) sum[t] = _mm512_set1_epi32(x[t]->start);
@@ -163,7 +189,7 @@ PM_INLINE void panel_tile(const uint8_t* const* codes, const float* scales, cons
         Vec scale[BLOCKS], minimum[BLOCKS];
         PM_UNROLL for (int b = 0; b < BLOCKS; b++) {
             scale[b] = vload(scales + (g * BLOCKS + b) * 16);
-            minimum[b] = FORMAT == PM_INT4_ASYMMETRIC ? vload(minimums + (g * BLOCKS + b) * 16) : scale[b];
+            minimum[b] = pm::HAS_MINIMUM<FORMAT> ? vload(minimums + (g * BLOCKS + b) * 16) : scale[b];
             w[b] += 512;
         }
         PM_UNROLL for (int t = 0; t < ROWS; t++) {

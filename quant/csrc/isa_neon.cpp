@@ -72,6 +72,20 @@ PM_INLINE void load_exponents(const uint8_t* p, float* out) {
     }
 }
 
+// 16 words of scale and zero point to scales and minimums.
+PM_INLINE void load_words(const uint8_t* p, float* scales, float* minimums) {
+    for (int r = 0; r < pm::ROW_BLOCK; r += 4) {
+        uint16x4_t halves;
+        memcpy(&halves, p + 2 * r, 8);
+        const uint32x4_t words = vmovl_u16(halves);
+        const uint32x4_t bits = vshlq_n_u32(vandq_u32(words, vdupq_n_u32(pm::WORD_SCALE)), 12);
+        const Vec scale = vreinterpretq_f32_u32(vaddq_u32(bits, vdupq_n_u32(pm::WORD_BIAS)));
+        const Vec zero = vcvtq_f32_u32(vandq_u32(words, vdupq_n_u32(pm::WORD_ZERO)));
+        vstore(scales + r, scale);
+        vstore(minimums + r, vmulq_f32(zero, vmulq_n_f32(scale, pm::WORD_STEP)));
+    }
+}
+
 // Packed chunks of 8 columns to two chunks of 4 columns each: codes, for signed_weights.
 template <int FORMAT>
 PM_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* to, int chunks) {
@@ -112,7 +126,7 @@ PM_INLINE int32x4_t dot_word(int32x4_t sum, int8x16_t weights, const Columns& x)
 template <int FORMAT>
 PM_INLINE Vec add_group(Vec acc, int32x4_t sum, Vec scale, Vec minimum, const pm::Group& x) {
     acc = vfmaq_f32(acc, scale, vmulq_n_f32(vcvtq_f32_s32(sum), x.scale));
-    return FORMAT == PM_INT4_ASYMMETRIC ? vfmaq_f32(acc, minimum, vdupq_n_f32(x.sum)) : acc;
+    return pm::HAS_MINIMUM<FORMAT> ? vfmaq_f32(acc, minimum, vdupq_n_f32(x.sum)) : acc;
 }
 
 template <int FORMAT, int ROWS, int CHUNK>
@@ -144,6 +158,7 @@ PM_INLINE void dot_tile(const pm::DotArgs& a, const uint8_t* block, const pm::Gr
     for (int32_t g = 0; g < a.weight_groups; g++) {
         float scale[16], minimum[16] = {};
         if (FORMAT == PM_MXFP4) load_exponents(block + g * pm::SCALE_BYTES<FORMAT>, scale);
+        else if (FORMAT == PM_INT4_ZERO_POINT) load_words(block + g * pm::SCALE_BYTES<FORMAT>, scale, minimum);
         else load_halves(block + g * pm::SCALE_BYTES<FORMAT>, scale);
         if (FORMAT == PM_INT4_ASYMMETRIC) load_halves(block + (a.weight_groups + g) * 32, minimum);
         for (int32_t s = 0; s < a.groups_per_scale; s++, k++, codes += CODE_BYTES) {
@@ -205,7 +220,7 @@ PM_INLINE void panel_tile(const uint8_t* const* codes, const float* scales, cons
             for (int r = 0; r < 2; r++) {
                 const int64_t at = g * BLOCKS * 16 + lane + 4 * r;
                 const Vec scale = vload(scales + at);
-                const Vec minimum = FORMAT == PM_INT4_ASYMMETRIC ? vload(minimums + at) : scale;
+                const Vec minimum = pm::HAS_MINIMUM<FORMAT> ? vload(minimums + at) : scale;
                 for (int t = 0; t < ROWS; t++)
                     acc[t][r] = add_group<FORMAT>(acc[t][r], sum[t][r], scale, minimum, rows[t][g]);
             }

@@ -74,6 +74,16 @@ PM_INLINE void load_exponents(const uint8_t* p, float* out) {
     }
 }
 
+PM_INLINE void load_words(const uint8_t* p, float* scales, float* minimums) {
+    for (int r = 0; r < pm::ROW_BLOCK; r++) {
+        uint16_t word;
+        memcpy(&word, p + 2 * r, 2);
+        const uint32_t bits = (static_cast<uint32_t>(word & pm::WORD_SCALE) << 12) + pm::WORD_BIAS;
+        memcpy(scales + r, &bits, 4);
+        minimums[r] = static_cast<float>(word & pm::WORD_ZERO) * (scales[r] * pm::WORD_STEP);
+    }
+}
+
 // Packed chunks of 8 columns to two chunks of 4 columns each, bytes to multiply by.
 template <int FORMAT>
 PM_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* to, int chunks) {
@@ -122,7 +132,7 @@ PM_INLINE void add_group(const uint8_t* codes, const float* scale, const float* 
     }
     for (int r = 0; r < pm::ROW_BLOCK; r++) {
         acc[r] = vfma(scale[r], x.scale * static_cast<float>(sum[r]), acc[r]);
-        if (FORMAT == PM_INT4_ASYMMETRIC) acc[r] = vfma(minimum[r], x.sum, acc[r]);
+        if (pm::HAS_MINIMUM<FORMAT>) acc[r] = vfma(minimum[r], x.sum, acc[r]);
     }
 }
 

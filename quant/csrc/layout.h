@@ -21,7 +21,7 @@ struct Matrix {
     Matrix() = default;
 
     bool valid() const {
-        const bool integers = format >= PM_INT4 && format <= PM_INT8;
+        const bool integers = (format >= PM_INT4 && format <= PM_INT8) || format == PM_INT4_ZERO_POINT;
         return rows > 0 && cols > 0 &&
                (group == 32 ? integers || format == PM_MXFP4 : integers && (group == 64 || group == 128));
     }

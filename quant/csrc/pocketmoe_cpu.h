@@ -22,7 +22,14 @@ extern "C" {
 #endif
 
 enum pm_status { PM_OK = 0, PM_OUT_OF_MEMORY = 1, PM_BAD_ARGUMENT = 2 };
-enum pm_format { PM_INT4 = 0, PM_INT4_ASYMMETRIC = 1, PM_INT8 = 2, PM_FLOAT32 = 3, PM_MXFP4 = 4 };
+enum pm_format {
+    PM_INT4 = 0,
+    PM_INT4_ASYMMETRIC = 1,
+    PM_INT8 = 2,
+    PM_FLOAT32 = 3,
+    PM_MXFP4 = 4,
+    PM_INT4_ZERO_POINT = 5
+};
 enum pm_activation { PM_SILU = 0, PM_SILU_CLAMP = 1, PM_GPT_OSS = 2, PM_GELU_TANH = 3, PM_RELU2 = 4 };
 
 // Worker threads, their scratch memory and the instruction set they use. Calls on one context are serialised by a
