@@ -1,6 +1,6 @@
 """How fast a checkpoint becomes a store, and how much memory that takes.
 
-    python -m benchmarks.conversion [--layers 2] [--codec int4-g32] [--rounds 3] [--folder DIR] [--json]
+    python -m benchmarks.conversion [--layers 2] [--codec int4-g32-zp] [--rounds 3] [--folder DIR] [--json]
 
 Writes a bfloat16 checkpoint of Qwen3-30B-A3B's shapes with the names that it is published under (one tensor per
 expert, the real vocabulary of 151,936), converts it in a fresh process each round, the source read from the disk, and
@@ -98,7 +98,7 @@ def run(source: Path, store: Path, codec: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--codec", default="int4-g32")
+    parser.add_argument("--codec", default="int4-g32-zp")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="where the files go for a while (2.5 GB and more)")
     parser.add_argument("--json", action="store_true")

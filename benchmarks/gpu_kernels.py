@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON line at the end")
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--codec", nargs="+", default=["int4-g32", "mxfp4"])
+    parser.add_argument("--codec", nargs="+", default=["int4-g32-zp", "mxfp4"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="rows an expert in decoding")
     parser.add_argument("--count", nargs="+", type=int, default=[32, 128, 512], help="rows an expert in prefill")
     options = parser.parse_args()

@@ -80,10 +80,13 @@ def hqq(group: int) -> Quantizer:
 
 FORMATS: list[tuple[str, float, Callable[..., Quantizer], tuple[Any, ...]]] = [
     ("int4-g128", 4.125, ours, (128, "sym")),
+    ("int4-g128-zp", 4.125, ours, (128, "zp")),
     ("NF4, 64, scales quantised twice", 4.127, nf4, (64, True)),
     ("int4-g64", 4.25, ours, (64, "sym")),
+    ("int4-g64-zp", 4.25, ours, (64, "zp")),
     ("int4-g128-asym", 4.25, ours, (128, "asym")),
     ("int4-g32", 4.5, ours, (32, "sym")),
+    ("int4-g32-zp", 4.5, ours, (32, "zp")),
     ("int4-g64-asym", 4.5, ours, (64, "asym")),
     ("NF4, 64", 4.5, nf4, (64, False)),
     ("HQQ, 64", 4.5, hqq, (64,)),

@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--threads", type=int, default=default_threads(), help="default: the physical cores")
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--codec", nargs="+", default=["int4-g32"])
+    parser.add_argument("--codec", nargs="+", default=["int4-g32-zp"])
     parser.add_argument("--isa", nargs="+", help="default: all that this machine has, except portable")
     parser.add_argument("--count", nargs="+", type=int, default=[256], help="rows an expert in prefill")
     parser.add_argument("--pool-gb", type=float, default=3.0, help="memory for the experts; more than any cache")

@@ -21,8 +21,8 @@ Trunk = Annotated[
 Codec = Annotated[
     str | None,
     typer.Option(
-        help="Record format: int4-g32, -g64 or -g128 (each also -asym), mxfp4, nf4, bf16, f16, f32. "
-        "Default: what keeps the values of experts that ship packed, else int4-g32."
+        help="Record format: int4-g32-zp, int4-g32, int4-g32-asym (each also -g64, -g128), mxfp4, nf4, bf16, f16, f32. "
+        "Default: what keeps the values of experts that ship packed, else int4-g32-zp."
     ),
 ]
 
@@ -92,7 +92,7 @@ class LoadOptions:
         str | None,
         typer.Option(
             help="Record format when a checkpoint is converted on first use. Default: what keeps "
-            "the values of experts that ship packed, else int4-g32."
+            "the values of experts that ship packed, else int4-g32-zp."
         ),
     ] = None
     trunk: Annotated[

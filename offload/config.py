@@ -13,7 +13,7 @@ IO_MODES = ("direct", "mmap", "buffered")
 KEEP = "keep"
 """Trunk format: as it ships."""
 DEFAULT_TRUNK = "int8-g32"
-DEFAULT_CODEC = "int4-g32"
+DEFAULT_CODEC = "int4-g32-zp"
 MXFP4 = "mxfp4"
 """A codec, and what the config of a checkpoint calls experts of its values."""
 _LOSSLESS_CODECS = ("bf16", "f16", "f32")

@@ -25,7 +25,7 @@ from ..cache.units import format_bytes
 from ..quant.codecs import RECORD_ALIGNMENT, Codec, encode_expert, get_codec, record_layout
 from ..quant.int4 import MapPieces, round_up
 from ..quant.linear import matrix_format
-from .config import KEEP, default_trunk
+from .config import DEFAULT_CODEC, KEEP, default_trunk
 from .convert_memory import require_memory
 from .errors import DataError, UsageError
 from .manifest import MANIFEST, TRUNK, VERSION, ExpertFile, Manifest
@@ -42,7 +42,7 @@ JOURNAL = "journal.jsonl"
 def convert(
     source: Source,
     dest: Path,
-    codec: str = "int4-g32",
+    codec: str = DEFAULT_CODEC,
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
     trunk: str | None = None,

@@ -51,7 +51,7 @@ def load(
         path: a store, a checkpoint directory or GGUF file (converted into the user's cache folder on first use), or,
             where there is no such path, a model on the Hugging Face Hub as "ORGANISATION/NAME" (downloaded as well).
         codec: record format for a conversion; by default what keeps the values of experts that ship packed,
-            "mxfp4" or an INT4, else "int4-g32".
+            "mxfp4" or an INT4, else "int4-g32-zp".
         trunk: format of the large trunk matrices for a conversion, "int8-g32" by default; "keep" leaves them.
         revision: branch, tag or commit of a model on the hub. By default what is here of it is used as it is, and the
             main branch where nothing is.

@@ -16,7 +16,7 @@ from .manifest import Manifest
 from .packed_scheme import AWQ, GPTQ
 from .packing import PackedEntry
 
-_SMALLER_CODEC = "int4-g128"
+_SMALLER_CODEC = "int4-g128-zp"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
