@@ -126,15 +126,15 @@ class ExpertCache:
         single pass over an expert says little about the answer).
         """
         ids, slots, arriving, transient = self._ids[layer], self._slots, self._arriving, self._transient.ranks
-        hits, misses = [], []
+        hits, misses, touch = [], [], self._policy.touch
         for index in dict.fromkeys(indices):
             expert = ids[index]
             if expert not in slots:
                 misses.append(expert)
                 continue
-            (misses if expert in arriving else hits).append(expert)
-            if expert not in transient:
-                self._policy.touch(expert)
+            (misses if arriving and expert in arriving else hits).append(expert)  # hashing an id takes 0.1 us
+            if not transient or expert not in transient:
+                touch(expert)
             elif promote:
                 self.promote(expert)
         return Lookup(tuple(hits), tuple(misses))
@@ -220,19 +220,23 @@ class ExpertCache:
     def lock(self, experts: Iterable[ExpertId]) -> None:
         """Keep `experts` from being evicted until `unlock`; counted. They may be locked before they are admitted."""
         locks = self._locks
+        layer = None
         for expert in experts:
             locks[expert] = locks.get(expert, 0) + 1
-            self._stale.add(expert[0])
+            if expert[0] != layer:  # mostly they are all of one
+                self._stale.add(layer := expert[0])
 
     def unlock(self, experts: Iterable[ExpertId]) -> None:
         """Undo one `lock` of each of `experts`."""
         locks = self._locks
+        layer = None
         for expert in experts:
-            assert expert in locks, f"{expert} is not locked"
-            count = locks.pop(expert)
+            count = locks.pop(expert, 0)
+            assert count > 0, f"{expert} is not locked"
             if count > 1:
                 locks[expert] = count - 1
-            self._stale.add(expert[0])
+            if expert[0] != layer:
+                self._stale.add(layer := expert[0])
 
     def locked(self, experts: Lookup | Iterable[ExpertId]) -> AbstractContextManager[None]:
         """Hold locks on `experts`, or on the hits and misses of a lookup, for the length of a `with` block."""
@@ -333,8 +337,8 @@ class ExpertCache:
 
     def _victim(self, layer: int) -> ExpertId | None:
         for stale in self._stale:
-            self._heads[stale], self._ranks[stale] = self._head(stale)
-            self._open[stale] = self._ranks[stale] if self._counts[stale] > self.floor else _NOBODY
+            self._heads[stale], self._ranks[stale] = _, rank = self._head(stale)
+            self._open[stale] = rank if self._counts[stale] > self.floor else _NOBODY
         self._stale.clear()
         lowest = min(self._open)
         if self._ranks[layer] <= lowest:  # its own layer may always give, down to nothing

@@ -53,7 +53,14 @@ class EvictionPolicy(Protocol):
         ...
 
 
+def _analog(capacity: int, cycle: int) -> EvictionPolicy:
+    from .analog import Analog  # with numpy, which nobody needs who only asks for the names
+
+    return Analog(capacity, cycle)
+
+
 _POLICIES: dict[str, Callable[[int, int], EvictionPolicy]] = {
+    "analog": _analog,
     "forecast": Forecast,
     "lru": LRU,
     "lfu": LFU,

@@ -43,7 +43,7 @@ class OffloadConfig:
     kv: str = "auto"
     """What keys and values are cached in: f16, model (the dtype that the model computes in), or auto: f16 where the
     trunk is packed and single tokens take the fast path."""
-    policy: str = "forecast"
+    policy: str = "analog"
     """Eviction policy of the expert cache."""
     prefetch: bool = True
     """Read ahead what the next layer's router will probably choose."""

@@ -75,7 +75,7 @@ def test_warm_and_per_layer_reach_the_replay(path):
 @pytest.mark.parametrize(
     ("options", "code", "sentence"),
     [
-        (["--policy", "lru,belady"], 2, "--policy must be all, or some of forecast, lru, "),
+        (["--policy", "lru,belady"], 2, "--policy must be all, or some of analog, forecast, lru, "),
         (["--slots", "x"], 2, "--slots must be shares or numbers, as 25%,40% or 192, not 'x'"),
         (["--slots", "25%,"], 2, "not ''"),
         (["--slots", "5"], 2, "--slots 5 is 5, but this trace takes 6 (3 layers x top-2) to 30 (all experts)"),

@@ -22,7 +22,7 @@ ORDER = {
         "triton_linear"
     ),
     "cache": (
-        "expert units order published forecast hybrid policy manager trace history replay counters "
+        "expert units order published forecast analog hybrid policy manager trace history replay counters "
         "device_stats cost advice machine routing strategies simulate verdict report sections "
         "report_text charts report_html stats past_runs answer_line self_test"
     ),
@@ -107,9 +107,8 @@ def test_parts_are_never_imported_by_their_bare_folder_names(path):
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "cache"], ids=lambda path: path.name)
 def test_the_cache_needs_no_torch_and_other_libraries_only_where_they_are_due(path):
     foreign = {name[0] for name in imports(path)} - {"pocketmoe", "__future__"} - sys.stdlib_module_names
-    assert foreign <= {"trace": {"numpy"}, "replay": {"numpy"}, "routing": {"numpy"}, "report_text": {"rich"}}.get(
-        path.stem, set()
-    )
+    with_numpy = {"analog", "trace", "replay", "routing"}
+    assert foreign <= ({"numpy"} if path.stem in with_numpy else {"rich"} if path.stem == "report_text" else set())
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)

@@ -23,7 +23,7 @@ BOOKING = ("offload.reads", "offload.prefetch", "offload.warm_start")
 ALL = (
     *BOOKING,
     *("offload.runtime", "offload.transfer", "offload.recovery"),
-    *("cache.manager", "cache.order", "cache.published", "cache.forecast"),
+    *("cache.manager", "cache.order", "cache.published", "cache.analog"),
 )
 
 
@@ -88,7 +88,7 @@ def interrupt_everywhere(policy: str, files: tuple[str, ...]) -> int:
 
 
 def test_after_an_interruption_while_reads_are_booked_the_next_forward_works():
-    assert interrupt_everywhere("forecast", BOOKING) > 100
+    assert interrupt_everywhere("analog", BOOKING) > 100
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_after_an_interruption_anywhere_the_next_forward_works(policy):
 
 
 def test_an_interrupted_recovery_is_made_up_for_before_the_next_forward(monkeypatch):
-    world = World("forecast")
+    world = World("analog")
     world.kernels.interrupt = True
     with monkeypatch.context() as patch:
         patch.setattr(world.cache, "recover", interrupted)
@@ -113,7 +113,7 @@ def test_an_interrupted_recovery_is_made_up_for_before_the_next_forward(monkeypa
 
 
 def test_who_was_resident_stays_after_an_interruption():
-    world = World("forecast")
+    world = World("analog")
     world.forward()
     before = world.cache.residents()
     world.kernels.interrupt = True

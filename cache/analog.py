@@ -1,0 +1,187 @@
+"""Our own eviction policy: Belady's rule on an estimate of the next use, part of which is what followed similar tokens.
+
+A token that chooses much the same experts as an earlier one is mostly followed by what followed that one, too: analog
+forecasting, as Lorenz named it in 1969. So each token is compared with the latest WINDOW, and the NEAREST vote with the
+experts of their next tokens. An expert's pace, in uses per token, is what `forecast` makes of its uses alone, and VOTE
+times its share of the votes; its next use is expected 1 / pace tokens after its layer's turn.
+
+When a token is done, the next turns of all layers are estimated at once; a layer's estimates hold from its turn to its
+next one. The constants were chosen on every second sequence of a collection of gpt-oss-20b routing and tested on the
+others (docs/notes/cache-policies.md); none of them is critical.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Iterator
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from .expert import ExpertId
+from .forecast import DOUBT, HALF_LIFE, SPAN
+
+WINDOW, NEAREST, VOTE = 512, 8, 2.0  # tokens, tokens, uses per token where all agree
+COMPARED = 128  # experts of a token, at most
+AFTER = np.arange(2, 6)  # which tokens after a similar one vote: the first after it is like the one that comes now
+WEIGHTS = 0.5 ** np.arange(len(AFTER))
+FADE = 2.0 ** (-1 / HALF_LIFE)
+INSTANT = 1e-6  # tokens between two requests: no two are at the same time
+Array = np.ndarray[Any, Any]
+Turn = tuple[float, list[float]]
+"""A token, and by column how soon after it each expert is expected: minus the tokens until then."""
+
+
+class Lookback:
+    """The experts of the latest tokens, and what came after those that were most like the last.
+
+    An expert is a column number, from 1; 0 is none. `cycle`: the experts of one token.
+    """
+
+    def __init__(self, cycle: int) -> None:
+        self._chosen = np.zeros((WINDOW, cycle), np.intp)  # a ring
+        self._used = np.zeros((0, WINDOW), np.uint8)  # the same by expert: 1 where it was chosen
+        self._tokens = 0
+        self._stride = -(-cycle // COMPARED) or 1
+        self._sharpness = 2.0 / sqrt(cycle // self._stride or 1)  # overlaps spread like the root of what can overlap
+
+    def shares(self, chosen: Array, columns: int) -> Array:
+        """A token has chosen these: each expert's share, 0 to 1, of the votes for what comes after the next one."""
+        self._add(chosen, columns)
+        now = (self._tokens - 1) % WINDOW
+        likeness = self._used[chosen[:: self._stride]].sum(axis=0, dtype=np.uint16)
+        likeness[[now, now - 1]] = 0  # nothing that votes has come after them
+        nearest = np.argpartition(likeness, -NEAREST)[-NEAREST:]
+        alike = likeness[nearest].astype(float)
+        weights = np.exp(self._sharpness * (alike - alike.max())) * (alike > 0)
+        known = ((now - nearest) % WINDOW)[:, None] >= AFTER
+        votes = weights[:, None] * WEIGHTS * known
+        voters = self._chosen[(nearest[:, None] + AFTER) % WINDOW]
+        each = np.repeat(votes / max(votes.sum(), 1e-9), self._chosen.shape[1])
+        return np.bincount(voters.ravel(), each, columns)
+
+    def _add(self, chosen: Array, columns: int) -> None:
+        if columns > len(self._used):
+            self._used = np.concatenate([self._used, np.zeros((columns - len(self._used), WINDOW), np.uint8)])
+        now = self._tokens % WINDOW
+        self._used[self._chosen[now], now] = 0
+        self._chosen[now] = 0
+        self._chosen[now, : len(chosen)] = chosen
+        self._used[chosen, now] = 1
+        self._tokens += 1
+
+
+class Estimates:
+    """How soon each expert is expected to be used. Experts are numbered as they come: their columns, from 1."""
+
+    def __init__(self, cycle: int) -> None:
+        self.experts = [ExpertId(-1, -1)]  # by column; 0 is none
+        self.now: Turn = 0.0, []  # for who is not chosen in this token
+        self._columns: dict[ExpertId, int] = {}
+        self._used: list[int] = []  # in this token
+        self._cycle = cycle
+        self._lookback = Lookback(cycle)
+        self._count = self._last = np.zeros(0)  # decayed uses, and the token of the last one
+        self._paces = np.zeros(0)  # of who is chosen in this token
+
+    def use(self, expert: ExpertId) -> tuple[int, Turn]:
+        """`expert` is chosen in this token. Returns its column, and the token."""
+        column = self._columns.get(expert) or self._number(expert)
+        now, used = self.now, self._used
+        now[1][column] = INSTANT * len(used) - 1.0 / self._paces.item(column)
+        used.append(column)
+        return column, now
+
+    def column(self, expert: ExpertId) -> int:
+        return self._columns[expert]
+
+    def end_token(self) -> None:
+        chosen, token = np.array(self._used, np.intp), self.now[0]
+        votes = 0.0
+        if 0 < len(chosen) <= self._cycle:  # more are those of a prompt, which is like no token
+            votes = VOTE * self._lookback.shares(chosen, len(self._count))
+        self._count *= FADE
+        self._count[chosen] += 1.0
+        self._last[chosen] = token + INSTANT * np.arange(len(chosen))
+        later = self._count * FADE + DOUBT
+        self._paces = (later + 1.0) / SPAN + votes
+        paces = later / (SPAN * np.sqrt(token + 2.0 - self._last)) + votes
+        self.now = token + 1.0, (-1.0 / paces).tolist()
+        self._used = []
+
+    def _number(self, expert: ExpertId) -> int:
+        """Make room for more experts, which were never used, where there is none."""
+        soon = self.now[1]
+        if len(self.experts) >= len(soon):
+            new = np.zeros(512), np.full(512, -1e6), np.full(512, (1.0 + DOUBT) / SPAN)
+            old = self._count, self._last, self._paces
+            self._count, self._last, self._paces = map(np.concatenate, zip(old, new, strict=True))
+            soon.extend([-1e6] * (len(self._count) - len(soon)))
+        self.experts.append(expert)
+        self._columns[expert] = column = len(self.experts) - 1
+        return column
+
+
+class TurnOrder:
+    """Residents, each layer in the order that was expected at its latest turn. Not a policy itself."""
+
+    def __init__(self, estimates: Estimates) -> None:
+        self.stale: set[int] = set()
+        self.ranks: dict[ExpertId, float] = {}
+        self._estimates = estimates
+        self._turns: dict[int, Turn] = {}  # each layer's latest
+        self._layers: dict[int, list[int]] = {}  # by column
+        self._unsorted: set[int] = set()
+
+    def remove(self, expert: ExpertId) -> None:
+        del self.ranks[expert]
+        self._layers[expert[0]].remove(self._estimates.column(expert))
+        self.stale.add(expert[0])
+
+    def victims(self, layer: int | None = None) -> Iterator[ExpertId]:
+        if layer is None:
+            return heapq.merge(*map(self.victims, self._layers), key=self.ranks.__getitem__)
+        return self._ranked(layer, *self._turns[layer]) if layer in self._layers else iter(())
+
+    def _ranked(self, layer: int, token: float, soon: list[float]) -> Iterator[ExpertId]:
+        order, experts, ranks = self._layers[layer], self._estimates.experts, self.ranks
+        if layer in self._unsorted:
+            order.sort(key=soon.__getitem__)
+            self._unsorted.remove(layer)
+        for column in order:
+            expert = experts[column]
+            ranks[expert] = soon[column] - token
+            yield expert
+
+
+class Analog(TurnOrder):
+    """The expert whose next use is expected last leaves first."""
+
+    def __init__(self, capacity: int = 0, cycle: int = 0) -> None:
+        super().__init__(Estimates(cycle))
+
+    def insert(self, expert: ExpertId) -> None:
+        layer = expert[0]
+        column, now = self._estimates.use(expert)
+        if self._turns.get(layer) is not now or layer in self._unsorted:
+            self._turns[layer] = now
+            self._unsorted.add(layer)
+            self._layers.setdefault(layer, []).append(column)
+        else:
+            insort(self._layers[layer], column, key=now[1].__getitem__)
+        self.ranks[expert] = 0.0  # until it is asked for
+        self.stale.add(layer)
+
+    def touch(self, expert: ExpertId) -> None:
+        layer = expert[0]
+        _, self._turns[layer] = self._estimates.use(expert)
+        self._unsorted.add(layer)
+        self.stale.add(layer)
+
+    def resize(self, capacity: int) -> None:
+        pass
+
+    def tick(self) -> None:
+        self._estimates.end_token()
