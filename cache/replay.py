@@ -172,25 +172,33 @@ def _serve(steps: Sequence[Step], policy: EvictionPolicy, slots: int, layers: in
 def _optimum(steps: Sequence[Step], slots: int) -> list[int]:
     """Belady's MIN for requests that come in sets: the resident whose next use is furthest leaves, locked ones never.
 
-    The heap holds every next use that was ever known. Those that have come lie in the past and so never on top.
+    The heap holds every next use that was ever known, the furthest on top, each in one number with its expert. Those
+    that have come lie in the past and so never on top.
     """
     never = len(steps)
-    upcoming: dict[ExpertId, int] = {}
+    numbers: dict[ExpertId, int] = {}
+    rows = [[numbers.setdefault(expert, len(numbers)) for expert in step] for step in steps]
+    count = len(numbers)
+    upcoming = [never * -count] * count
     next_uses: list[list[int]] = []
     for at in range(never - 1, -1, -1):
-        next_uses.append([upcoming.get(expert, never) for expert in steps[at]])
-        upcoming.update(dict.fromkeys(steps[at], at))
-    resident, heap, push, pop = set[ExpertId](), [], heapq.heappush, heapq.heappop
+        row = rows[at]
+        next_uses.append([upcoming[expert] + expert for expert in row])
+        for expert in row:
+            upcoming[expert] = at * -count
+    resident, free, heap, push, pop = bytearray(count), slots, [], heapq.heappush, heapq.heappop
     misses = []
-    for step in steps:
-        missing = [expert for expert in step if expert not in resident]
+    for row in rows:
+        missing = [expert for expert in row if not resident[expert]]
         for expert in missing:
-            if len(resident) == slots:
-                resident.remove(pop(heap)[1])
-            resident.add(expert)
+            if free:
+                free -= 1
+            else:
+                resident[pop(heap) % count] = 0
+            resident[expert] = 1
         misses.append(len(missing))
-        for expert, use in zip(step, next_uses.pop(), strict=True):
-            push(heap, (-use, expert))
+        for use in next_uses.pop():
+            push(heap, use)
     return misses
 
 
