@@ -220,23 +220,19 @@ class ExpertCache:
     def lock(self, experts: Iterable[ExpertId]) -> None:
         """Keep `experts` from being evicted until `unlock`; counted. They may be locked before they are admitted."""
         locks = self._locks
-        layer = None
         for expert in experts:
             locks[expert] = locks.get(expert, 0) + 1
-            if expert[0] != layer:  # mostly they are all of one
-                self._stale.add(layer := expert[0])
+            self._stale.add(expert[0])
 
     def unlock(self, experts: Iterable[ExpertId]) -> None:
         """Undo one `lock` of each of `experts`."""
         locks = self._locks
-        layer = None
         for expert in experts:
             count = locks.pop(expert, 0)
             assert count > 0, f"{expert} is not locked"
             if count > 1:
                 locks[expert] = count - 1
-            if expert[0] != layer:
-                self._stale.add(layer := expert[0])
+            self._stale.add(expert[0])
 
     def locked(self, experts: Lookup | Iterable[ExpertId]) -> AbstractContextManager[None]:
         """Hold locks on `experts`, or on the hits and misses of a lookup, for the length of a `with` block."""
