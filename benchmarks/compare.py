@@ -42,8 +42,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pocketmoe.offload.disk_speed import direct_read_rate
 from pocketmoe.offload.manifest import Manifest
-from pocketmoe.offload.probe import direct_read_rate
 
 from . import machine
 from .comparison_report import LIMITED_SLOTS, ratios, table

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pocketmoe.offload import hf
 from pocketmoe.offload.packing import packable_names
-from pocketmoe.offload.source import MoeLayer
+from pocketmoe.offload.source import MoeLayer, TrunkSize
 from pocketmoe.quant.mxfp4 import Mxfp4Matrix
 from transformers import AutoConfig
 
@@ -79,8 +79,9 @@ class SyntheticSource:
             values = tensor.dequantize() if isinstance(tensor, Int4Matrix) else tensor
             yield name, torch.from_numpy(values).bfloat16()
 
-    def largest_trunk_bytes(self) -> int:
-        return max(self.skeleton.full_state[name].nbytes for name in self.skeleton.trunk_names())
+    def trunk_sizes(self) -> list[TrunkSize]:
+        tensors = (self.skeleton.full_state[name] for name in self.skeleton.trunk_names())
+        return [TrunkSize(tensor.numel(), tensor.nbytes) for tensor in tensors]
 
     def packable(self) -> set[str]:
         return packable_names(self.skeleton)

@@ -174,7 +174,8 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A store, a checkpoint directory, a GGUF file, or a model on the Hugging Face Hub as ORGANISATION/NAME.",
+        help="A store, a checkpoint directory, a GGUF file, or a model on the Hugging Face Hub as ORGANISATION/NAME, "
+        "or ORGANISATION/NAME:Q4_K_M of its GGUF files.",
         show_default=False,
     ),
 ]

@@ -33,7 +33,7 @@ def plan(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A store, a checkpoint directory, a config.json, or a model's name on the hub.",
+            help="A store, a checkpoint directory, a config.json, a GGUF file, or a model's name on the hub.",
             show_default=False,
         ),
     ],

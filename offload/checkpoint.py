@@ -12,7 +12,7 @@ import torch
 
 from ..quant.codecs import Weight
 from . import hf
-from .checkpoint_files import CONFIG, MAX_SMALL_FILE, is_small_file, read_index, weight_files
+from .checkpoint_files import CONFIG, MAX_SMALL_FILE, by_pattern, is_small_file, read_index, weight_files
 from .config import kept_codec
 from .errors import DataError, PocketMoEError
 from .hf_keys import KeyMap
@@ -20,7 +20,7 @@ from .hub import HubModel
 from .manifest import MANIFEST
 from .packing import packable_names
 from .prequantized import join_quantized
-from .source import MoeLayer, OnNotice, RowReader
+from .source import MoeLayer, OnNotice, RowReader, TrunkSize
 from .tensorfile import TensorEntry, read_header
 
 _T = TypeVar("_T")
@@ -46,7 +46,7 @@ class CheckpointSource:
             raise DataError(f"{path} is a pocketmoe store already; give the checkpoint that it was made from")
         self.config = read_config_json(path)
         config = of_config(path, hf.read_config, path)
-        quantization = take_quantization(self.config, config)
+        quantization = take_quantization(path, self.config, config)
         self.kept_codec = kept_codec(quantization)
         """The codec that keeps the values of experts that ship packed."""
         tensors = _joined(path, self._headers())
@@ -62,8 +62,8 @@ class CheckpointSource:
         self._keys = KeyMap(self.skeleton, entries)
         self._files = sorted({entry.path for entry in tensors.values()})
         if self._keys.unknown and on_notice is not None:
-            names = ", ".join(self._keys.unknown[:5])
-            on_notice(f"{len(self._keys.unknown)} tensors of the checkpoint are not used by the model: {names}")
+            unknown = self._keys.unknown
+            on_notice(f"{len(unknown)} tensors of the checkpoint are not used by the model: {by_pattern(unknown)}")
         if self.skeleton.left_out and on_notice is not None:
             on_notice(f"this model will read text only; it goes without {', '.join(self.skeleton.left_out[:5])}")
 
@@ -84,8 +84,8 @@ class CheckpointSource:
     def trunk(self) -> Iterator[tuple[str, torch.Tensor | RowReader]]:
         return self._keys.trunk()
 
-    def largest_trunk_bytes(self) -> int:
-        return self._keys.largest_trunk_bytes()
+    def trunk_sizes(self) -> Iterator[TrunkSize]:
+        return self._keys.trunk_sizes()
 
     def packable(self) -> set[str]:
         return packable_names(self.skeleton)
@@ -127,14 +127,27 @@ def of_config(path: Path, function: Callable[..., _T], *args: Any) -> _T:
         raise DataError(f"{path / 'config.json'} cannot be used: {reason}") from error
 
 
-def take_quantization(content: dict[str, Any], config: Any) -> dict[str, Any] | None:
-    """What config.json says of packed weights, taken out: a store says itself how its records are packed."""
+def take_quantization(path: Path, content: dict[str, Any], config: Any) -> dict[str, Any] | None:
+    """What config.json says of packed weights, taken out: a store says itself how its records are packed.
+
+    Raises:
+        DataError: they are those of bitsandbytes.
+    """
     found = content.pop("quantization_config", None)
     if found is None:
         return None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    return found if isinstance(found, dict) else {"quant_method": str(found)}
+    quantization = found if isinstance(found, dict) else {"quant_method": str(found)}
+    eight_bits = quantization.get("load_in_8bit")
+    if quantization.get("quant_method") == "bitsandbytes" or quantization.get("load_in_4bit") or eight_bits:
+        kind = "8 bits" if eight_bits else str(quantization.get("bnb_4bit_quant_type", "fp4")).upper()
+        raise DataError(
+            f"{path} is quantised by bitsandbytes ({kind}), whose values none of the formats for experts can "
+            "hold, and quantising it again would lose twice: take the model that it was made from, or a GPTQ, AWQ or "
+            "GGUF version of 4 bits, whose values are kept"
+        )
+    return quantization
 
 
 def _joined(path: Path, shards: dict[str, dict[str, TensorEntry]]) -> dict[str, TensorEntry]:

@@ -23,6 +23,15 @@ def is_small_file(name: str) -> bool:
     return "/" not in name and (name in SMALL_FILES or any(fnmatch(name, pattern) for pattern in SMALL_PATTERNS))
 
 
+def by_pattern(names: Iterable[str]) -> str:
+    """Names of tensors with a star for the numbers in which they differ: "model.layers.*.bias (48), lm_head.scale"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        pattern = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        groups.setdefault(pattern, []).append(name)
+    return ", ".join(found[0] if len(found) == 1 else f"{pattern} ({len(found)})" for pattern, found in groups.items())
+
+
 def read_index(path: Path) -> dict[str, str] | None:
     """Tensor name -> shard, from a checkpoint's index; None where there is none.
 

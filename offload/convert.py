@@ -369,12 +369,12 @@ def write_trunk(path: Path, tensors: Iterator[tuple[str, torch.Tensor | RowReade
     with open(path, "wb") as out:
         out.seek(TRUNK_HEADER)
         for name, tensor in tensors:
-            if isinstance(tensor, RowReader):
-                tensor = tensor[:]
-            data = tensor.contiguous().reshape(-1).view(torch.uint8)
-            out.write(data.numpy().data)
-            entries[name] = (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), position, position + data.numel())
-            position += data.numel()
+            start, dtype = position, ""
+            for piece in tensor.pieces() if isinstance(tensor, RowReader) else [tensor]:
+                data, dtype = piece.contiguous().reshape(-1).view(torch.uint8), DTYPE_NAMES[piece.dtype]
+                out.write(data.numpy().data)
+                position += data.numel()
+            entries[name] = (dtype, tuple(tensor.shape), start, position)
             on_progress(Progress("trunk", position, 0, "bytes"))
         out.seek(0)
         out.write(header_bytes(entries, TRUNK_HEADER, {"format": "pt"}))

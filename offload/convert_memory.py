@@ -24,9 +24,8 @@ def require_memory(source: Source, trunk: str, ram: int) -> None:
     To be called when the source is open: what is resident now is part of the sum.
     """
     weights = max(sum(prod(size) for size in layer.shape.parts().values()) for layer in source.layers())
-    largest = source.largest_trunk_bytes()
-    if trunk != KEEP:
-        largest += int(largest / source.dtype.itemsize * PACKED)
+    packed = 0.0 if trunk == KEEP else PACKED
+    largest = max(int(whole + packed * weights) for weights, whole in source.trunk_sizes())
     program, expert = memory.resident_bytes(), EXPERT * weights
     needed = program + max(largest, expert) + OTHERS
     if needed > ram:

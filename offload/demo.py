@@ -25,7 +25,7 @@ from .demo_store import CODEC, RECIPE, default_place, is_built, recipe_version
 from .errors import DataError, UsageError
 from .gguf_llama import GgufLlama
 from .gguf_tokenizer import write_json
-from .source import MoeLayer, OnNotice, OnProgress
+from .source import MoeLayer, OnNotice, OnProgress, TrunkSize
 
 GROUP = 32
 """Neurons of one quantisation group of the source's down projection."""
@@ -134,8 +134,9 @@ class UpcycledSource:
         for layer in range(self._dense.layers):
             yield f"model.layers.{layer}.mlp.gate.weight", self._recipe.router[layer].clone()
 
-    def largest_trunk_bytes(self) -> int:
-        return self.config["vocab_size"] * self._dense.hidden * self.dtype.itemsize
+    def trunk_sizes(self) -> list[TrunkSize]:
+        weights = self.config["vocab_size"] * self._dense.hidden  # the embedding is the largest
+        return [TrunkSize(weights, weights * self.dtype.itemsize)]
 
     def packable(self) -> set[str]:
         names = self._dense.names()

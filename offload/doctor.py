@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from ..cache.units import format_bytes
 from . import memory, probe
+from .disk_speed import direct_read_rate
 from .probe import FileSystem, Gpu, TorchFacts
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -160,7 +161,7 @@ def _store(path: Path) -> StoreFacts:
     file = probe.largest_file(path)
     rate: float | Unknown = Unknown("no file of weights is large enough")
     if file is not None:
-        rate = _attempt(lambda: probe.direct_read_rate(file, record, 0.5))
+        rate = _attempt(lambda: direct_read_rate(file, record, 0.5))
     return StoreFacts(path, what, _attempt(lambda: probe.file_system(path)), rate)
 
 

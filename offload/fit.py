@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..cache.units import format_bytes
 from . import hf, memory
 from .checkpoint import CheckpointSource
 from .device import default_device
 from .errors import DataError, UsageError
-from .hub_source import HubSource
 from .sizes import planned_manifest
+
+if TYPE_CHECKING:
+    from .gguf_source import GgufSource
 
 LEAST_CONTEXT = 1024
 """Tokens for which there must be room."""
@@ -31,13 +33,20 @@ class StoreSize(NamedTuple):
 
 
 def require_fit(
-    source: HubSource, codec: str, trunk: str, dest: Path, keep_source: bool, to_run: dict[str, Any] | None
+    source: CheckpointSource | GgufSource,
+    codec: str,
+    trunk: str,
+    dest: Path,
+    download: tuple[Path, int],
+    to_run: dict[str, Any] | None,
+    remedy: str = "",
 ) -> None:
     """Check that a model can be downloaded, converted and, if that is what for, run.
 
     Args:
-        keep_source: the shards go into the hub's cache and not, one after the other, beside `dest`.
+        download: where the files go, and the most bytes that they take at a time.
         to_run: the budget for running it, {"ram": bytes or None, "device": name}.
+        remedy: what else than free space would help on a full disk.
 
     Raises:
         UsageError: the codec or the trunk format is unknown.
@@ -51,17 +60,18 @@ def require_fit(
     if to_run is not None:
         device = default_device() if to_run["device"] == "auto" else to_run["device"]
         _require_memory(source, size, to_run["ram"], trunk_in_ram=device == "cpu")
-    shards = (source.path, sum(source.model.missing().values())) if keep_source else (dest, source.shards.most_bytes())
-    _require_disk(source.name, [(dest, size.total), shards], keep_source)
+    _require_disk(source.name, [(dest, size.total), download], remedy)
 
 
-def store_size(source: CheckpointSource, codec: str, trunk: str) -> StoreSize:
+def store_size(source: CheckpointSource | GgufSource, codec: str, trunk: str) -> StoreSize:
     """The size of the store that a conversion would write. Raises ValueError for unknown formats."""
     planned = planned_manifest(source.skeleton, source.packable(), source.name, codec, trunk)
     return StoreSize(planned.record_bytes, planned.num_experts, planned.trunk_bytes)
 
 
-def _require_memory(source: CheckpointSource, size: StoreSize, ram: int | None, trunk_in_ram: bool) -> None:
+def _require_memory(
+    source: CheckpointSource | GgufSource, size: StoreSize, ram: int | None, trunk_in_ram: bool
+) -> None:
     """A plan with what is needed at the least: the program, the trunk, a short context and the experts of one token.
     The plan proper is made at the load."""
     memory.make_plan(
@@ -80,7 +90,7 @@ def _require_memory(source: CheckpointSource, size: StoreSize, ram: int | None, 
     )
 
 
-def _require_disk(name: str, wanted: list[tuple[Path, int]], keep_source: bool) -> None:
+def _require_disk(name: str, wanted: list[tuple[Path, int]], remedy: str) -> None:
     disks: dict[int, tuple[Path, int]] = {}
     for path, count in wanted:
         existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
@@ -89,7 +99,6 @@ def _require_disk(name: str, wanted: list[tuple[Path, int]], keep_source: bool) 
     for path, count in disks.values():
         free = shutil.disk_usage(path).free
         if free < count:
-            remedy = ", or keep only the store with --no-keep-source" if keep_source else ""
             raise DataError(
                 f"{name} needs {format_bytes(count)} on the disk of {path}, which has {format_bytes(free)} free; "
                 f"free some space{remedy}"

@@ -11,6 +11,8 @@ import os
 import re
 import stat
 import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from math import prod
@@ -30,7 +32,8 @@ _MAX_DIMS = 4
 _SYMMETRIC, _WITH_MINIMUM = "int4-g32", "int4-g32-asym"
 _HELD = {MXFP4: ("MXFP4",), _SYMMETRIC: ("Q4_0",), _WITH_MINIMUM: ("Q4_0", "Q4_1", "Q4_K")}
 """Types whose codes and scales records of a codec take over."""
-_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+"""A model that was split into files: what they have in common, which one, of how many."""
 
 
 class Place(NamedTuple):
@@ -76,14 +79,17 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
-def read_gguf(path: Path) -> GgufFile:
+def read_gguf(path: Path, sizes: Mapping[str, int] | None = None) -> GgufFile:
     """The header of a GGUF file; of all parts when it is one of NAME-00001-of-0000N.gguf.
+
+    Args:
+        sizes: bytes of each whole file by its name, where only their headers are here.
 
     Raises:
         DataError: not a GGUF file, damaged, truncated, of an unknown version or tensor type, or a part is missing.
     """
     parts = _parts(path)
-    files = [_read_one(part) for part in parts]
+    files = [_read_one(part, sizes[part.name] if sizes else None) for part in parts]
     fields, tensors = files[0][0], {}
     for _, found in files:
         for name, place in found.items():
@@ -116,7 +122,7 @@ def is_kept(place: Place, codec: str | None) -> bool:
 
 
 def _parts(path: Path) -> list[Path]:
-    named = _PART.fullmatch(path.name)
+    named = PART.fullmatch(path.name)
     if named is None:
         return [path]
     stem, _, count = named.groups()
@@ -127,14 +133,27 @@ def _parts(path: Path) -> list[Path]:
     return parts
 
 
-def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
+def header_length(path: Path, file: BufferedReader, size: int) -> int:
+    """Bytes of the header of a file that is read from elsewhere, once it has been checked. Raises DataError."""
+    with _damage_explained(path):
+        _Header(path, file, size).read()
+    return file.tell()
+
+
+def _read_one(path: Path, size: int | None) -> tuple[dict[str, Any], dict[str, Place]]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise DataError(f"{path} is not a regular file")
-        with open(path, "rb") as file:
-            return _Header(path, file).read()
+        with open(path, "rb") as file, _damage_explained(path):
+            return _Header(path, file, size or os.fstat(file.fileno()).st_size).read()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, struct.error, RecursionError) as error:
         raise DataError(f"{path}: the GGUF header is damaged ({error}); download the file again") from None
 
@@ -142,9 +161,8 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, Place]]:
 class _Header:
     """A cursor over the bytes of one header. Raises ValueError where they make no sense."""
 
-    def __init__(self, path: Path, file: BufferedReader) -> None:
-        self.path, self.file = path, file
-        self.size = os.fstat(file.fileno()).st_size
+    def __init__(self, path: Path, file: BufferedReader, size: int) -> None:
+        self.path, self.file, self.size = path, file, size
 
     def read(self) -> tuple[dict[str, Any], dict[str, Place]]:
         magic = self.file.read(4)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
 from ..quant.codecs import Weight
 from . import hf
+from .checkpoint_files import by_pattern
 from .errors import DataError
 from .gguf_config import model_config
 from .gguf_file import Place, expert_matrices, is_kept, keeping_codec, read_gguf
 from .gguf_tensor import PLAIN, GgufTensor, unpermute
 from .gguf_tokenizer import write_generation_config, write_tokenizer
+from .hub import HubModel
 from .packing import packable_names
-from .source import LARGE, MoeLayer, OnNotice, RowReader
+from .source import LARGE, MoeLayer, OnNotice, RowReader, TrunkSize
 
 _BLOCK = re.compile(r"layers\.(\d+)\.")
 _SUFFIXES = (".weight", ".bias")
@@ -30,14 +33,25 @@ _PERMUTED = {"llama"}
 class GgufSource:
     """The model of a GGUF file, or of one that was split into parts.
 
+    Args:
+        model: it is of, on the hub.
+        sizes: see `read_gguf`; weights cannot be read then.
+
     Raises:
         DataError: not a GGUF file, damaged, incomplete, dense, or of a family that is not known.
     """
 
-    def __init__(self, path: Path, on_notice: OnNotice | None = None) -> None:
-        self.path, self._file = path, read_gguf(path)
+    def __init__(
+        self,
+        path: Path,
+        on_notice: OnNotice | None = None,
+        model: HubModel | None = None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        self.path, self._file = path, read_gguf(path, sizes)
         self._on_notice = on_notice or (lambda _: None)
-        self.name = path.name
+        self.name = path.name if model is None else f"{model.name}/{path.name}"
+        self.revision = model and model.commit
         self.config = model_config(self._file)
         tensors = self._file.tensors
         embedding = tensors["token_embd.weight"].kind
@@ -63,7 +77,7 @@ class GgufSource:
     def trunk(self) -> Iterator[tuple[str, torch.Tensor | RowReader]]:
         for name, (places, make) in self._trunk.items():
             whole, dtype = GgufTensor(places[0]), self.skeleton.dtypes[name]
-            if make is as_it_is and prod(whole.shape) >= LARGE and whole.shape == self.skeleton.full_state[name].shape:
+            if self._in_pieces(name):
                 yield name, RowReader(whole.shape, lambda a, b, t=whole, d=dtype: t.read_rows(a, b).to(d))
                 continue
             tensor = make(*(GgufTensor(place).read() for place in places))
@@ -74,8 +88,22 @@ class GgufSource:
                 )
             yield name, tensor.to(self.skeleton.dtypes[name])
 
-    def largest_trunk_bytes(self) -> int:
-        return max(sum(GgufTensor(place).nbytes for place in places) for places, _ in self._trunk.values())
+    def _in_pieces(self, name: str) -> bool:
+        """Whether a trunk tensor is read so."""
+        places, make = self._trunk[name]
+        shape = places[0].shape
+        return make is as_it_is and prod(shape) >= LARGE and shape == self.skeleton.full_state[name].shape
+
+    def trunk_sizes(self) -> Iterator[TrunkSize]:
+        for name, (places, _) in self._trunk.items():
+            whole = 0 if self._in_pieces(name) else sum(GgufTensor(place).nbytes for place in places)
+            yield TrunkSize(self.skeleton.full_state[name].numel(), whole)
+
+    def shipped_bytes(self) -> tuple[str, int, str, int]:
+        """What most of the experts' bytes are packed as and all of these, and the same of the trunk."""
+        of_experts = [place for parts in self._experts for place in parts.values()]
+        of_trunk = [place for places, _ in self._trunk.values() for place in places]
+        return *_main_kind(of_experts), *_main_kind(of_trunk)
 
     def packable(self) -> set[str]:
         return packable_names(self.skeleton)
@@ -139,7 +167,7 @@ class GgufSource:
         used |= {place.name for places, _ in self._trunk.values() for place in places}
         unused = [name for name in self._file.tensors if name not in used and not self._predicts_further(name)]
         if unused:
-            self._on_notice(f"{len(unused)} tensors of the file are not used by the model: {', '.join(unused[:5])}")
+            self._on_notice(f"{len(unused)} tensors of the file are not used by the model: {by_pattern(unused)}")
         places = expert_matrices(self._file)
         others = [place for place in places if not is_kept(place, self.kept_codec)]
         if others and self.kept_codec is not None:
@@ -153,6 +181,13 @@ class GgufSource:
         """Whether a tensor belongs to the layers after the last, for several tokens at once."""
         block = re.match(r"blk\.(\d+)\.", name)
         return block is not None and int(block[1]) >= self.config["num_hidden_layers"]
+
+
+def _main_kind(places: list[Place]) -> tuple[str, int]:
+    held = Counter[str]()
+    for place in places:
+        held[place.kind.name] += place.nbytes
+    return held.most_common(1)[0][0], held.total()
 
 
 def _block_of(name: str) -> int:

@@ -25,7 +25,7 @@ from .errors import DataError
 from .gptq_awq import PackedLinear
 from .hf import MoeSite, Skeleton
 from .prequantized import Entry, Int4Entry, Mxfp4Entry, Readable
-from .source import LARGE, RowReader
+from .source import LARGE, RowReader, TrunkSize
 from .tensorfile import TensorEntry
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -217,7 +217,7 @@ class KeyMap:
         names = set(self.skeleton.trunk_names())
         for name, target in self._trunk.items():
             entries, dtype = next(iter(target.sources.values())), self.skeleton.dtypes[name]
-            if target.converter is None and type(entries[0]) is TensorEntry and prod(entries[0].shape) >= LARGE:
+            if _in_pieces(target):
                 yield name, RowReader(entries[0].shape, lambda a, b, e=entries[0], d=dtype: e.read_rows(a, b).to(d))
                 continue
             data = {pattern: [entry.read() for entry in found] for pattern, found in target.sources.items()}
@@ -226,14 +226,14 @@ class KeyMap:
                     self._check_shape(full_name, tuple(tensor.shape))
                     yield full_name, tensor.to(self.skeleton.dtypes[full_name])
 
-    def largest_trunk_bytes(self) -> int:
-        """Bytes of the largest trunk parameter as it is read, and again where it changes its dtype or is converted."""
-        sizes = []
+    def trunk_sizes(self) -> Iterator[TrunkSize]:
+        """Each as it is read, and again where it changes its dtype or is converted."""
         for name, target in self._trunk.items():
+            weights = self.skeleton.full_state[name].numel()
             read = sum(entry.nbytes for found in target.sources.values() for entry in found)
-            made = self.skeleton.full_state[name].numel() * self.skeleton.dtypes[name].itemsize
-            sizes.append(read if target.converter is None and read == made else read + made)
-        return max(sizes, default=0)
+            made = weights * self.skeleton.dtypes[name].itemsize
+            whole = read if target.converter is None and read == made else read + made
+            yield TrunkSize(weights, 0 if _in_pieces(target) else whole)
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         want = tuple(self.skeleton.full_state[name].shape)
@@ -270,6 +270,12 @@ class KeyMap:
             else v
             for key, v in result.items()
         }
+
+
+def _in_pieces(target: _Target) -> bool:
+    """Whether a trunk parameter is read so."""
+    first = next(iter(target.sources.values()))[0]
+    return target.converter is None and type(first) is TensorEntry and prod(first.shape) >= LARGE
 
 
 def _per_expert(pattern: str | None, found: list[Readable]) -> bool:

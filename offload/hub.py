@@ -7,6 +7,7 @@ HF_HUB_OFFLINE). `look_up`, `read_headers` and `fetch` use the network and are t
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -21,8 +22,13 @@ from .errors import DataError, PocketMoEError
 from .source import OnNotice, OnProgress, Progress
 
 _ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_PREFIXES = ("https://", "huggingface.co/", "hf.co/")
+_TAG = re.compile(r"[\w.-]+", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HEADER_THREADS = 8
+_TIMEOUT_S = 30.0
+_PARTIAL = 206
+GGUF = ".gguf"
 ATTEMPTS = 3
 """At a file, besides the library's own resumptions, when the connection fails."""
 
@@ -40,6 +46,10 @@ class HubModel:
     """Each file of weights and its size in bytes; 0, or no files at all, where nobody has asked the hub."""
 
     @property
+    def first_file(self) -> Path:
+        return Path(self.folder) / next(iter(self.weights))
+
+    @property
     def is_complete(self) -> bool:
         """Whether all weights are known to be here."""
         return bool(self.weights) and not self.missing()
@@ -52,6 +62,21 @@ class HubModel:
 def is_hub_id(text: str) -> bool:
     """Whether a text can be the name of a model on the hub."""
     return _ID.fullmatch(text) is not None and "--" not in text and ".." not in text
+
+
+def parse_name(text: str) -> tuple[str, str] | None:
+    """ORGANISATION/NAME of a model on the hub and what of it is meant: a quantisation after a colon, a GGUF file, or
+    nothing. None for what cannot be one."""
+    for prefix in _PREFIXES:
+        text = text.removeprefix(prefix)
+    name, colon, wanted = text.partition(":")
+    if not colon and name.lower().endswith(GGUF):
+        organisation, _, rest = name.partition("/")
+        repository, _, wanted = rest.partition("/")
+        name = f"{organisation}/{repository}"
+    if not is_hub_id(name) or (colon and not _TAG.fullmatch(wanted)) or ".." in wanted or wanted.startswith("/"):
+        return None
+    return name, "" if wanted == "latest" else wanted
 
 
 def is_commit(revision: str | None) -> bool:
@@ -84,27 +109,52 @@ def find_cached(name: str, revision: str | None = None) -> HubModel | None:
     return HubModel(name, folder.name, str(folder), dict.fromkeys(sorted(weights), 0))
 
 
+def cache_folder() -> Path:
+    """Where the library keeps what it downloads."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def find_cached_ggufs(name: str, revision: str | None = None) -> HubModel | None:
+    """`find_cached` of GGUF files; there may be more of them on the hub."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    kept = cache_folder() / repo_folder_name(repo_id=name, repo_type="model")
+    try:
+        commit = revision if is_commit(revision) else (kept / "refs" / (revision or "main")).read_text().strip()
+    except OSError:
+        return None
+    folder = kept / "snapshots" / str(commit)
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob(f"*{GGUF}")}
+    return HubModel(name, folder.name, str(folder), files) if files else None
+
+
+def fetch_config(name: str, on_progress: OnProgress | None = None, on_notice: OnNotice | None = None) -> str | None:
+    """The path of a model's config, downloaded alone; None where there are GGUF files instead."""
+    _, sizes = list_files(name)
+    if CONFIG not in sizes and any(file.endswith(GGUF) for file in sizes):
+        return None
+    return fetch(name, "main", {CONFIG: 0}, None, on_progress, on_notice)[0]
+
+
 def look_up(
     name: str, revision: str | None = None, on_progress: OnProgress | None = None, on_notice: OnNotice | None = None
 ) -> dict[str, Any]:
     """Ask the hub for a model and download its small files into the hub's cache: all that is needed but weights.
 
     Returns:
-        A `HubModel`, as a dict.
+        A `HubModel`, as a dict; without a folder where there are GGUF files alone.
 
     Raises:
         DataError: there is no such model or revision, it is gated, it has no weights that can be used, or the hub
             cannot be reached; the sentence says what is missing.
     """
-    from huggingface_hub import HfApi
-
-    with _explained(name, revision):
-        info = HfApi().model_info(name, revision=revision, files_metadata=True)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    commit = info.sha or ""
+    commit, sizes = list_files(name, revision)
     if CONFIG not in sizes:
-        other = ", which pocketmoe cannot read yet" if any(file.endswith(".gguf") for file in sizes) else ""
-        raise DataError(f"{name} on the hub is no checkpoint of transformers: it has no {CONFIG}{other}")
+        if ggufs := {file: size for file, size in sizes.items() if file.endswith(GGUF)}:
+            return asdict(HubModel(name, commit, "", ggufs))
+        raise DataError(f"{name} on the hub is no checkpoint of transformers: it has no {CONFIG}")
     small = {f: n for f, n in sizes.items() if f == INDEX_FILE or (is_small_file(f) and n <= MAX_SMALL_FILE)}
     [config] = fetch(name, revision or "main", {CONFIG: sizes[CONFIG]}, None, None, on_notice)  # notes the commit
     fetch(name, commit, small, None, None, on_notice)
@@ -113,6 +163,49 @@ def look_up(
         raise DataError(f"{name} has just been changed on the hub; run the same command again")
     weights = weight_files(name, read_index(folder), sizes)
     return asdict(HubModel(name, commit, str(folder), {file: sizes[file] for file in weights}))
+
+
+def list_files(name: str, revision: str | None = None) -> tuple[str, dict[str, int]]:
+    """The commit that a revision is, and the files of the repository with their bytes."""
+    from huggingface_hub import HfApi
+
+    with _explained(name, revision):
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    return info.sha or "", {file.rfilename: file.size or 0 for file in info.siblings or []}
+
+
+class RemoteFile(io.RawIOBase):
+    """A file on the hub, read from its start by range."""
+
+    def __init__(self, name: str, file: str, commit: str, size: int) -> None:
+        from huggingface_hub import hf_hub_url
+
+        self._of, self._url, self._size = (name, commit), hf_hub_url(name, file, revision=commit), size
+        self.content = bytearray()
+        """What has been read."""
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return len(self.content)
+
+    def readinto(self, buffer: Any) -> int:
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        first = len(self.content)
+        end = min(first + len(buffer), self._size)
+        if first == end:
+            return 0
+        with _explained(*self._of):
+            headers = {**build_hf_headers(), "Range": f"bytes={first}-{end - 1}"}
+            response = get_session().get(self._url, headers=headers, timeout=_TIMEOUT_S)
+            hf_raise_for_status(response)
+        if response.status_code != _PARTIAL or len(response.content) != end - first:
+            raise DataError(f"{self._url} cannot be read in parts; download the file and name it")
+        buffer[: end - first] = response.content
+        self.content += response.content
+        return end - first
 
 
 def read_headers(model: HubModel, on_progress: OnProgress | None = None) -> dict[str, dict[str, Any]]:

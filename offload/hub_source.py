@@ -208,6 +208,10 @@ class HubSource(CheckpointSource):
         self.shards.let_go(self._first[-1])
         yield from super().trunk()
 
+    def room(self, dest: Path, keep_source: bool) -> tuple[Path, int]:
+        """Where the shards go: into the hub's cache, or one after the other beside `dest`; and the most bytes there."""
+        return (self.path, sum(self.model.missing().values())) if keep_source else (dest, self.shards.most_bytes())
+
     def discard(self) -> None:
         """Remove what has been fetched for this conversion."""
         shutil.rmtree(self.shards.folder, ignore_errors=True)

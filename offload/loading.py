@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 import xxhash
 
-from . import hub
+from . import gguf_hub, hub
 from .apart import run_apart
 from .config import DEFAULT_CODEC, MXFP4, OffloadConfig, default_trunk, kept_codec
 from .errors import DataError, UsageError
@@ -49,7 +49,8 @@ def load(
 
     Args:
         path: a store, a checkpoint directory or GGUF file (converted into the user's cache folder on first use), or,
-            where there is no such path, a model on the Hugging Face Hub as "ORGANISATION/NAME" (downloaded as well).
+            where there is no such path, a model on the Hugging Face Hub as "ORGANISATION/NAME" (downloaded as well);
+            of GGUF files there, one as "ORGANISATION/NAME:Q4_K_M" or "ORGANISATION/NAME/FILE.gguf".
         codec: record format for a conversion; by default what keeps the values of experts that ship packed,
             "mxfp4" or an INT4, else "int4-g32-zp".
         trunk: format of the large trunk matrices for a conversion, "int8-g32" by default; "keep" leaves them.
@@ -99,7 +100,9 @@ def find_store(
         return model.is_complete or (is_store(dest) and _out_of_date(dest, folder) is None)
 
     notice = on_notice or (lambda _: None)
-    local, model = _resolve(path, revision, is_enough, on_progress, on_notice)
+    to_run = {"ram": ram, "device": device}
+    for_gguf = {"codec": codec, "trunk": trunk, "dest": str(_stores()), "to_run": to_run, "keep_source": keep_source}
+    local, model = _resolve(path, revision, is_enough, for_gguf, on_progress, on_notice)
     if is_store(local):
         return local
     dest = _place(local, model, codec, trunk)
@@ -114,7 +117,7 @@ def find_store(
     notice(f"converting {what} to {codec}{_KEPT if codec == _kept_codec(local) else ''} in {dest}, once")
     request = {"path": str(local), "dest": str(dest), "codec": codec, "trunk": trunk, "ram": left_for_child(ram)}
     if model is not None:
-        request |= {"model": asdict(model), "keep_source": keep_source, "to_run": {"ram": ram, "device": device}}
+        request |= {"model": asdict(model), "keep_source": keep_source, "to_run": to_run}
     return Path(run_apart(f"{__name__}:convert_checkpoint", request, on_progress, on_notice))
 
 
@@ -129,7 +132,8 @@ def convert_model(
     keep_source: bool = True,
 ) -> Path:
     """`convert` of a checkpoint directory or of a model on the hub, with the arguments of `load`."""
-    local, model = _resolve(path, revision, lambda found: found.is_complete, on_progress, on_notice)
+    for_gguf = {"codec": codec, "trunk": trunk, "dest": str(dest), "to_run": None, "keep_source": keep_source}
+    local, model = _resolve(path, revision, lambda found: found.is_complete, for_gguf, on_progress, on_notice)
     given = {} if model is None else {"model": asdict(model), "keep_source": keep_source}
     return convert_checkpoint(local, dest, codec, trunk, None, on_progress, on_notice, **given)
 
@@ -170,7 +174,9 @@ def convert_checkpoint(
     if remote is not None and is_free(dest):
         from .fit import require_fit
 
-        require_fit(remote, codec, trunk or default_trunk(codec), dest, keep_source, to_run)
+        remedy = ", or keep only the store with --no-keep-source" if keep_source else ""
+        download = remote.room(dest, keep_source)
+        require_fit(remote, codec, trunk or default_trunk(codec), dest, download, to_run, remedy)
         if keep_source:
             remote.download()
             source = _open_source(Path(path), None, on_hub)
@@ -186,31 +192,42 @@ def _resolve(
     path: str | Path,
     revision: str | None,
     is_enough: Callable[[HubModel], bool],
+    for_gguf: dict[str, Any],
     on_progress: OnProgress | None,
     on_notice: OnNotice | None,
 ) -> tuple[Path, HubModel | None]:
-    """A local path as it is; else a model on the hub and its snapshot.
+    """A local path as it is; else a model on the hub and its snapshot, or its GGUF file, which is downloaded.
 
     The hub is asked unless what its cache has of the model is enough. A branch or tag that is named is always looked up
     where that is allowed: it may have moved.
     """
-    local, name = Path(path).expanduser(), str(path)
+    local = Path(path).expanduser()
     if local.exists():
         if revision is not None:
             raise UsageError(f"{local} is a local path, which has no revisions; leave out --revision {revision}")
         return local, None
-    if not hub.is_hub_id(name):
+    named = hub.parse_name(str(path))
+    if named is None:
         raise DataError(
             f"there is no file or directory {local}; give a store, a checkpoint directory, a GGUF file, or a model on "
-            "the Hugging Face Hub as ORGANISATION/NAME"
+            "the Hugging Face Hub as ORGANISATION/NAME, or as ORGANISATION/NAME:Q4_K_M for one of its GGUF files"
         )
-    model = None
-    if revision is None or hub.is_commit(revision) or hub.is_offline():
-        model = hub.find_cached(name, revision)
-    if model is None or not is_enough(model):
+    name, wanted = named
+    model, may_be_here = None, revision is None or hub.is_commit(revision) or hub.is_offline()
+    if may_be_here:
+        model = None if wanted else hub.find_cached(name, revision)
+        if model is None and (gguf := gguf_hub.find_cached(name, revision, wanted)) is not None:
+            return gguf.first_file, gguf
+    if not wanted and (model is None or not is_enough(model)):
         request = {"name": name, "revision": revision}
         model = HubModel(**run_apart(f"{hub.__name__}:look_up", request, on_progress, on_notice))
-    return Path(model.folder), model
+    if model is not None and model.folder:
+        return Path(model.folder), model
+    if not for_gguf.pop("keep_source"):
+        raise UsageError(f"{name} holds GGUF files, which stay in the hub's cache; leave out --no-keep-source")
+    request = {"name": name, "revision": revision, "wanted": wanted, **for_gguf}
+    gguf = HubModel(**run_apart(f"{gguf_hub.__name__}:fetch_gguf", request, on_progress, on_notice))
+    return gguf.first_file, gguf
 
 
 def _formats(checkpoint: Path, codec: str | None, trunk: str | None) -> tuple[str, str]:
@@ -219,17 +236,22 @@ def _formats(checkpoint: Path, codec: str | None, trunk: str | None) -> tuple[st
     return codec, trunk or default_trunk(codec)
 
 
+def _stores() -> Path:
+    return platformdirs.user_cache_path("pocketmoe") / "stores"
+
+
 def _place(checkpoint: Path, model: HubModel | None, codec: str | None, trunk: str | None) -> Path:
     """Where the store of a checkpoint lies in the user's cache."""
     codec, trunk = _formats(checkpoint, codec, trunk)
     if model is not None:
-        name = f"{model.name.replace('/', '--')}-{model.commit[:12]}"
+        file = f"-{checkpoint.stem}" if is_gguf(checkpoint) else ""
+        name = f"{model.name.replace('/', '--')}{file}-{model.commit[:12]}"
     else:
         resolved = checkpoint.resolve()
         digest = xxhash.xxh3_64_hexdigest(str(resolved).encode())[:8]  # tells directories of the same name apart
         name = "--".join(resolved.parts[-3:] if resolved.parent.name == "snapshots" else resolved.parts[-1:])
         name = f"{name}-{digest}"
-    return platformdirs.user_cache_path("pocketmoe") / "stores" / f"{name}-{codec}-trunk-{trunk}"
+    return _stores() / f"{name}-{codec}-trunk-{trunk}"
 
 
 def _open_source(
@@ -238,7 +260,7 @@ def _open_source(
     if is_gguf(path):
         from .gguf_source import GgufSource
 
-        return GgufSource(path, on_notice)
+        return GgufSource(path, on_notice, model)
     from .checkpoint import CheckpointSource
 
     files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))

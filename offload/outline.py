@@ -6,18 +6,20 @@ would write is made up instead, so that both are planned for in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import hf
 from .checkpoint import of_config, read_config_json, take_quantization
-from .config import OffloadConfig
+from .config import OffloadConfig, kept_codec
 from .errors import DataError, UsageError
+from .gguf_file import is_gguf
+from .gguf_source import GgufSource
 from .kv_cache import allocates_ahead, new_kv_cache
 from .manifest import Manifest, is_store
 from .memory import Needs
@@ -120,8 +122,9 @@ def read_outline(
     gpu_kernels: bool = True,
     options: OffloadConfig | None = None,
     name: str | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Outline:
-    """The outline of a store, a checkpoint directory, or a config.json.
+    """The outline of a store, a checkpoint directory, a config.json or a GGUF file.
 
     Args:
         codec: record format of a conversion; by default what `load` chooses.
@@ -129,38 +132,33 @@ def read_outline(
         native: compiled kernels compute on the CPU; without them nothing in the trunk is kept packed.
         gpu_kernels: the same of a GPU.
         name: what to call the model; by default what its directory is called.
+        sizes: see `read_gguf`, for a GGUF file of which the header alone is here.
 
     Raises:
         UsageError: an unknown codec or trunk format, or one for a store, which has its own.
         DataError: no config, or not that of a Mixture-of-Experts model that transformers knows.
     """
-    directory, options = (path if path.is_dir() else path.parent), options or OffloadConfig()
+    options = options or OffloadConfig()
     if not path.exists():
-        raise DataError(f"{path} does not exist; give a checkpoint directory, a store, or a config.json")
-    if path.is_file() and path.name != "config.json":
-        raise UsageError(f"{path} is no config.json; give a checkpoint directory, a store, or a file of that name")
-    content, config = read_config_json(directory), of_config(directory, hf.read_config, directory)
-    quantization = take_quantization(content, config)
-    said = config.dtype or config.get_text_config().dtype
-    dtype = said if isinstance(said, torch.dtype) else torch.bfloat16
-    plain = _skeleton(directory, config, dtype)
-    packable = packable_names(plain)  # takes a forward on the meta device, as does the KV cache: seconds in all
-    name = name or directory.resolve().name
+        raise DataError(f"{path} does not exist; give a checkpoint directory, a store, a config.json or a GGUF file")
+    shapes = _of_gguf(path, sizes) if is_gguf(path) else _of_checkpoint(path)
+    plain, dtype, packable = shapes.skeleton, shapes.dtype, shapes.packable
+    name = name or shapes.name
 
     def planned(trunk: str | None) -> Manifest:
         try:
-            return planned_manifest(plain, packable, name, *chosen_formats(quantization, codec, trunk))
+            return planned_manifest(plain, packable, name, *chosen_formats(shapes.kept_codec, codec, trunk))
         except ValueError as error:
             raise UsageError(str(error)) from None
 
-    store = path.is_dir() and is_store(directory)
+    store = path.is_dir() and is_store(path)
     if store and (codec or trunk):
         raise UsageError(f"{path} is a store already; codec and trunk are for what is yet to be converted")
-    manifest = Manifest.read(directory) if store else planned(trunk)
+    manifest = Manifest.read(path) if store else planned(trunk)
     formats = (
         [shipped_format(plain, packable, dtype, None), format_of(manifest, dtype)]
         if store
-        else usual_formats(plain, packable, dtype, quantization, format_of(manifest, dtype))
+        else usual_formats(plain, packable, dtype, shapes.kept_codec, shapes.shipped, format_of(manifest, dtype))
     )
 
     def has_kernels(on_gpu: bool) -> bool:
@@ -169,7 +167,7 @@ def read_outline(
     @cache
     def form(packed: bool, on_gpu: bool) -> tuple[hf.Skeleton, Workspace, Callable[[int], int]]:
         in_float = packed and not on_gpu and dtype != torch.float32
-        skeleton = _skeleton(directory, config, torch.float32) if in_float else plain
+        skeleton = shapes.build(torch.float32) if in_float else plain
         workspace, kv_dtype = foresee(skeleton, has_kernels(on_gpu), packed, options.kv, not on_gpu)
         return skeleton, workspace, _kv_growth(skeleton, options.prefill_chunk, kv_dtype)
 
@@ -196,8 +194,56 @@ def read_outline(
     return made(manifest, False)
 
 
-def _skeleton(directory: Path, config: Any, dtype: torch.dtype) -> hf.Skeleton:
-    return of_config(directory, hf.build_skeleton, config, dtype)
+class _Shapes(NamedTuple):
+    """What is read of a model before it is planned for."""
+
+    name: str
+    skeleton: hf.Skeleton
+    dtype: torch.dtype
+    """Of the trunk where it is not packed."""
+    packable: set[str]
+    kept_codec: str | None
+    """What keeps the values of experts that ship packed."""
+    shipped: Format
+    build: Callable[[torch.dtype], hf.Skeleton]
+    """The skeleton in another dtype."""
+
+
+def _of_checkpoint(path: Path) -> _Shapes:
+    """Those of a store, a checkpoint directory or a config.json."""
+    directory = path if path.is_dir() else path.parent
+    if path.is_file() and path.name != "config.json":
+        raise UsageError(
+            f"{path} is no config.json; give a checkpoint directory, a store, a GGUF file, or a file of that name"
+        )
+    content, config = read_config_json(directory), of_config(directory, hf.read_config, directory)
+    quantization = take_quantization(directory, content, config)
+    said = config.dtype or config.get_text_config().dtype
+    dtype = said if isinstance(said, torch.dtype) else torch.bfloat16
+
+    def build(dtype: torch.dtype) -> hf.Skeleton:
+        return of_config(directory, hf.build_skeleton, config, dtype)
+
+    plain = build(dtype)
+    packable = packable_names(plain)  # takes forwards on the meta device, as does the KV cache: seconds in all
+    shipped = shipped_format(plain, packable, dtype, quantization)
+    return _Shapes(directory.resolve().name, plain, dtype, packable, kept_codec(quantization), shipped, build)
+
+
+def _of_gguf(path: Path, sizes: Mapping[str, int] | None) -> _Shapes:
+    source = GgufSource(path, sizes=sizes)
+    experts_as, experts, trunk_as, trunk = source.shipped_bytes()
+    layers = source.layers()
+    record = experts // sum(layer.num_experts for layer in layers)
+    return _Shapes(
+        source.name,
+        source.skeleton,
+        source.dtype,
+        source.packable(),
+        source.kept_codec,
+        Format(experts_as, trunk_as, record, experts, trunk, ships=True),
+        lambda dtype: hf.build_skeleton(hf.make_config(source.config), dtype),
+    )
 
 
 def _kv_growth(skeleton: hf.Skeleton, chunk: int, stored: torch.dtype | None) -> Callable[[int], int]:

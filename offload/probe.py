@@ -6,12 +6,9 @@ Nothing here is cached, and torch is imported where it is the subject only: a br
 from __future__ import annotations
 
 import csv
-import os
 import platform
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +19,6 @@ _SMI_FIELDS = (
 _DRIVER_FILES = Path("/proc/driver/nvidia")
 _MIB = 1 << 20
 _LARGE_FILE = 64 << 20
-_UNCACHED = 128 << 20
 
 
 class Link(NamedTuple):
@@ -188,56 +184,10 @@ def ram_rate(nbytes: int = 128 << 20, seconds: float = 0.15) -> float:
     return best
 
 
-def direct_read_rate(file: Path, record: int, seconds: float = 1.5, readers: int = 4, seed: int | None = None) -> float:
-    """Bytes per second of random record-sized O_DIRECT reads by a few threads: the disk's limit for this very file.
-
-    The buffers are on huge pages and touched before, as the runtime's slots are: into 4 KB pages the same reads ran at
-    two thirds of the speed (1.6 against 2.5 GB/s, interleaved). They are too many for the processor's caches, as the
-    slots are: into one buffer a reader, over and over, a virtual disk seemed to read at 3.0 GB/s, into any more at 2.3.
-
-    Args:
-        seed: of the places; by default other ones each time, because some may be cached below us.
-
-    Raises:
-        OSError: direct reads are refused, or this system has none.
-        ValueError: the file is smaller than a record.
-    """
-    import numpy as np
-
-    from .tiers import RamSlots
-
-    if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv"):
-        raise OSError(f"{platform.system()} has no direct reads")
-    descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
-    try:
-        records = os.fstat(descriptor).st_size // record
-        if not records:
-            raise ValueError(f"{file} is smaller than {record:,} bytes")
-        each = -(-_UNCACHED // (readers * record))
-        buffers = RamSlots(readers * each, (record + 4095) // 4096 * 4096)
-        for number in range(buffers.capacity):
-            buffers.record(number).fill_(1)
-        os.preadv(descriptor, [buffers.view(0)[:4096]], 0)  # some file systems refuse only now
-        begin = time.perf_counter()
-
-        def read(worker: int) -> int:
-            rng, done = np.random.default_rng(None if seed is None else [seed, worker]), 0
-            own = cycle(range(worker * each, worker * each + each))
-            while time.perf_counter() < begin + seconds:
-                offset = int(rng.integers(records)) * record // 4096 * 4096
-                done += os.preadv(descriptor, [buffers.view(next(own))], offset)
-            return done
-
-        with ThreadPoolExecutor(readers) as pool:
-            total = sum(pool.map(read, range(readers)))
-        return total / (time.perf_counter() - begin)
-    finally:
-        os.close(descriptor)
-
-
 def largest_file(path: Path) -> Path | None:
     """The largest weight file of a store or checkpoint, where it is large enough to measure the disk with."""
-    files = [(file.stat().st_size, file) for file in path.glob("*.safetensors")] if path.is_dir() else []
+    candidates = path.glob("*.safetensors") if path.is_dir() else [path]
+    files = [(file.stat().st_size, file) for file in candidates if file.is_file()]
     size, file = max(files, default=(0, None))
     return file if size >= _LARGE_FILE else None
 

@@ -98,21 +98,20 @@ def shipped_format(
 
 
 def usual_formats(
-    skeleton: Skeleton, packable: set[str], dtype: torch.dtype, quantization: dict[str, Any] | None, chosen: Format
+    skeleton: Skeleton, packable: set[str], dtype: torch.dtype, kept: str | None, shipped: Format, chosen: Format
 ) -> list[Format]:
     """What a checkpoint is and what it usually becomes, `chosen` among them; the largest first."""
     stores = {DEFAULT_CODEC: DEFAULT_TRUNK, _SMALLER_CODEC: DEFAULT_TRUNK}
-    if (kept := kept_codec(quantization)) is not None:
+    if kept is not None:
         stores[kept] = DEFAULT_TRUNK
     formats = {
         format_of(planned_manifest(skeleton, packable, "", codec, trunk), dtype) for codec, trunk in stores.items()
     }
-    formats |= {chosen, shipped_format(skeleton, packable, dtype, quantization)}
-    formats.add(shipped_format(skeleton, packable, dtype, None))
+    formats |= {chosen, shipped, shipped_format(skeleton, packable, dtype, None)}
     return sorted(formats, key=lambda one: -one.total)
 
 
-def chosen_formats(quantization: dict[str, Any] | None, codec: str | None, trunk: str | None) -> tuple[str, str]:
-    """Codec and trunk format of a conversion, as `load` chooses where nothing was said."""
-    codec = codec or kept_codec(quantization) or DEFAULT_CODEC
+def chosen_formats(kept: str | None, codec: str | None, trunk: str | None) -> tuple[str, str]:
+    """Codec and trunk format of a conversion, as `load` chooses where nothing was said. `kept` keeps all values."""
+    codec = codec or kept or DEFAULT_CODEC
     return codec, trunk or default_trunk(codec)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -50,6 +51,20 @@ class RowReader:
     def __getitem__(self, rows: slice) -> torch.Tensor:
         return self.read(*rows.indices(self.shape[0])[:2])
 
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """All of it, LARGE weights at a time."""
+        rows = self.shape[0]
+        step = max(1, LARGE * rows // prod(self.shape))
+        return (self[start : start + step] for start in range(0, rows, step))
+
+
+class TrunkSize(NamedTuple):
+    """A trunk tensor during a conversion."""
+
+    weights: int
+    whole: int
+    """Bytes that it takes while it is made; 0 where it is read in pieces."""
+
 
 class Source(Protocol):
     """A checkpoint that can be read one expert and one trunk tensor at a time."""
@@ -73,8 +88,8 @@ class Source(Protocol):
         """Everything that is not a routed expert, under transformers' parameter names, one tensor at a time."""
         ...
 
-    def largest_trunk_bytes(self) -> int:
-        """What the trunk tensor that takes most memory takes while `trunk` makes it."""
+    def trunk_sizes(self) -> Iterable[TrunkSize]:
+        """The trunk tensors that `trunk` makes."""
         ...
 
     def packable(self) -> set[str]:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..cache.hit_curve import RECORDED, HitCurve
 from ..quant.native import load_native
 from ..quant.triton_kernels import load_triton
-from . import hub, memory, probe
+from . import gguf_hub, hub, memory, probe
 from .apart import run_apart
 from .checkpoint_files import CONFIG
 from .config import DEFAULT_TRUNK
 from .device import default_device, kernel_obstacle, require_device
 from .device_tier import LEAVE_FREE
+from .disk_speed import direct_read_rate
 from .errors import MemoryBudgetError, UsageError
 from .estimate import Rates
+from .gguf_file import is_gguf, read_gguf
+from .gguf_tokenizer import write_tokenizer
 from .outline import Outline, read_outline
 from .outlook import Change, Fit, Machine, changes, fit
 from .placement import CUDA_CONTEXT
@@ -64,10 +69,10 @@ def survey(
     codec: str | None = None,
     trunk: str | None = None,
 ) -> Survey:
-    """Plan for a store, a checkpoint directory, a config.json or a model on the hub; takes seconds, reads no weights.
+    """Plan for a store, a checkpoint, a config.json, a GGUF file or a model on the hub; reads no weights.
 
     Args:
-        model: a path, or the name of a model on the hub, of which the config alone is downloaded.
+        model: a path, or the name of a model on the hub, of which the config or GGUF header alone is downloaded.
         ram: budget of the process in bytes; by default what is free here, less a rest.
         vram: budget on a GPU in bytes; by default what this machine's GPU has free, if torch can use one.
         rates: bytes per second; those that are 0 are measured here or else assumed.
@@ -76,9 +81,10 @@ def survey(
     Raises:
         UsageError, DataError: the model or an option cannot be used.
     """
-    path, name = _locate(str(model))
     native = load_native() is not None
-    outline = read_outline(path, codec, trunk, native=native, gpu_kernels=_gpu_kernels(), name=name)
+    with _located(str(model)) as (path, more):
+        outline = read_outline(path, codec, trunk, native=native, gpu_kernels=_gpu_kernels(), **more)
+        program = _program_bytes(path, **more)
     if context and context > outline.longest:
         raise UsageError(
             f"context {context:,} is more than the {outline.longest:,} tokens that this model was made for"
@@ -86,7 +92,7 @@ def survey(
     if vram is None:
         vram = _free_vram()
     rates, origins = _rates(path, outline, rates or Rates(0, 0), vram is not None)
-    machine = Machine(rates, _program_bytes(path), ram, vram)
+    machine = Machine(rates, program, ram, vram)
     fitted, refusal = None, ""
     try:
         fitted = fit(outline, machine, context)
@@ -101,20 +107,39 @@ def survey(
     return Survey(outline, machine, origins, fitted, refusal, changes(outline, machine, context, fitted, smaller))
 
 
-def _locate(model: str) -> tuple[Path, str | None]:
-    """Where a config lies, and what its model is called on the hub."""
-    path = Path(model).expanduser()
-    if path.exists() or not hub.is_hub_id(model):
-        return path, None
-    if (cached := hub.find_cached(model)) is not None:
-        return Path(cached.folder), model
-    [config] = run_apart(f"{hub.__name__}:fetch", {"name": model, "revision": "main", "files": {CONFIG: 0}})
-    return Path(config).parent, model
+@contextmanager
+def _located(model: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """What `read_outline` is to read, and how: of a model on the hub its config, or the header of its GGUF file."""
+    path, named = Path(model).expanduser(), hub.parse_name(model)
+    if path.exists() or named is None:
+        yield path, {}
+        return
+    name, wanted = named
+    if not wanted:
+        cached = hub.find_cached(name)
+        config = cached and str(Path(cached.folder, CONFIG))
+        if cached is None and gguf_hub.find_cached(name, None, wanted) is None:
+            config = run_apart(f"{hub.__name__}:fetch_config", {"name": name})
+        if config is not None:
+            yield Path(config).parent, {"name": name}
+            return
+    if (gguf := gguf_hub.find_cached(name, None, wanted)) is not None:
+        yield gguf.first_file, {"name": f"{name}/{gguf.first_file.name}"}
+        return
+    with tempfile.TemporaryDirectory(prefix="pocketmoe-") as folder:
+        request = {"name": name, "revision": None, "wanted": wanted, "folder": folder}
+        found = run_apart(f"{gguf_hub.__name__}:fetch_headers", request)
+        path = Path(found["path"])
+        yield path, {"name": f"{name}/{path.name}", "sizes": {Path(p).name: n for p, n in found["sizes"].items()}}
 
 
-def _program_bytes(path: Path) -> int:
+def _program_bytes(path: Path, name: str | None = None, sizes: Mapping[str, int] | None = None) -> int:
     """What Python, torch, the skeleton and the tokenizer take, and what libraries load with the first tokens."""
     tokenizer = load_tokenizer(path) if path.is_dir() else None
+    if is_gguf(path):
+        with tempfile.TemporaryDirectory(prefix="pocketmoe-") as folder:
+            write_tokenizer(read_gguf(path, sizes), Path(folder))
+            tokenizer = load_tokenizer(Path(folder))
     memory.return_freed_memory()
     resident = memory.resident_bytes() + LOADED_LATER
     del tokenizer
@@ -150,7 +175,7 @@ def _rates(path: Path, outline: Outline, given: Rates, gpu: bool) -> tuple[Rates
     file = probe.largest_file(path)
     record = outline.manifest.record_bytes
     ram, of_ram = rate(given.ram, probe.ram_rate, RAM_RATE)
-    read = (lambda: probe.direct_read_rate(file, record, _PROBE_S)) if file else None
+    read = (lambda: direct_read_rate(file, record, _PROBE_S)) if file else None
     disk, of_disk = rate(given.disk, read, DISK_RATE)
     vram, of_vram = rate(given.vram, probe.vram_rate if _free_vram() else None, VRAM_RATE) if gpu else (0.0, ASSUMED)
     return Rates(ram, disk, vram), Origins(of_ram, of_disk, of_vram)

@@ -8,8 +8,8 @@ import torch
 
 from .device import Device
 from .errors import DeviceMemoryError
+from .pages import huge_pages
 
-_HUGE_PAGE = 2 << 20
 _SEGMENT = 256 << 20
 
 
@@ -27,17 +27,8 @@ class RamSlots:
     def __init__(self, capacity: int, record_bytes: int) -> None:
         assert record_bytes % mmap.PAGESIZE == 0 or record_bytes % 4096 == 0, record_bytes
         self.capacity, self.record_bytes = capacity, record_bytes
-        # Anonymous maps are only page aligned: leave room to begin on a huge page.
-        # Private: Python's default is shared memory, which gets no huge pages and keeps its pages after MADV_DONTNEED.
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        self._map = mmap.mmap(-1, max(capacity * record_bytes, 1) + _HUGE_PAGE, **private)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # a kernel without huge pages: slower streaming, same bytes
+        self._map, self._start = huge_pages(capacity * record_bytes)
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._start = -whole.data_ptr() % _HUGE_PAGE
         self._slots = whole[self._start : self._start + capacity * record_bytes].reshape(capacity, record_bytes)
         self._view = memoryview(self._map)
         self._tensors = list(self._slots.unbind(0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import shutil
 from pathlib import Path
 
@@ -72,3 +74,18 @@ def server(published, tmp_path, monkeypatch):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr("time.sleep", lambda _: None)  # between the library's attempts
         yield serving
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """What would run in a process of its own runs in this one."""
+
+    from pocketmoe.offload import hub_source, loading, survey
+
+    def run(function, arguments, on_progress=None, on_notice=None):
+        module, _, name = function.partition(":")
+        call = getattr(importlib.import_module(module), name)
+        return json.loads(json.dumps(call(**arguments, on_progress=on_progress, on_notice=on_notice), default=str))
+
+    for module in (loading, hub_source, survey):
+        monkeypatch.setattr(module, "run_apart", run)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from pocketmoe.cache.expert import ExpertId
 from pocketmoe.offload.convert import JOURNAL
-from pocketmoe.offload.source import MoeLayer
+from pocketmoe.offload.source import MoeLayer, TrunkSize
 from pocketmoe.quant.codecs import ExpertShape
 
 HIDDEN = 64
@@ -59,8 +59,8 @@ class FakeSource:
         yield "nothing", torch.zeros(0, 3)
         yield "norm.weight", torch.randn(HIDDEN, generator=generator).bfloat16()
 
-    def largest_trunk_bytes(self) -> int:
-        return 50 * HIDDEN * self.dtype.itemsize
+    def trunk_sizes(self) -> list[TrunkSize]:
+        return [TrunkSize(50 * HIDDEN, 50 * HIDDEN * self.dtype.itemsize)]
 
     def packable(self) -> set[str]:
         return {"embed.weight"}

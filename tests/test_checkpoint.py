@@ -122,9 +122,11 @@ def test_links_into_the_hub_caches_blobs_are_followed(checkpoints, tmp_path):
 
 def test_tensors_that_the_model_does_not_use_are_named_in_a_notice(copy):
     path, notices = copy("granitemoe"), []
-    rewrite(path / SINGLE, **{"vision.tower.weight": torch.zeros(3)})
+    more = {f"vision.layers.{i}.norm.weight": torch.zeros(3) for i in range(7)}
+    rewrite(path / SINGLE, **more, **{"vision.tower.weight": torch.zeros(3)})
     CheckpointSource(path, notices.append)
-    assert notices == ["1 tensors of the checkpoint are not used by the model: vision.tower.weight"]
+    names = "vision.layers.*.norm.weight (7), vision.tower.weight"
+    assert notices == [f"8 tensors of the checkpoint are not used by the model: {names}"]
 
 
 def test_tokenizer_files_go_into_the_store_and_weights_and_code_do_not(copy, tmp_path):

@@ -336,11 +336,27 @@ def test_pickled_weights_are_refused_unopened(copy, tmp_path, name):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("method", ["hqq", "bitsandbytes", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["hqq", "compressed-tensors"])
 def test_a_quantised_checkpoint_is_refused_with_its_method(copy, method):
     path = copy("granitemoe")
     edit_json(path / "config.json", quantization_config={"quant_method": method})
     assert f"is quantised ({method})" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "NF4"),
+        ({"load_in_4bit": True, "load_in_8bit": False}, "FP4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8 bits"),
+    ],
+)
+def test_bitsandbytes_is_refused_by_the_config_with_what_to_take_instead(copy, how, kind):
+    path = copy("granitemoe")
+    (path / SINGLE).unlink()
+    edit_json(path / "config.json", quantization_config=how)
+    message = refusal(path)
+    assert f"is quantised by bitsandbytes ({kind})" in message and "take the model that it was made from" in message
 
 
 @pytest.mark.parametrize("content", ["", "{", "\x00", "[" * 100_000, '"text"', "[]", "null"])

@@ -16,6 +16,7 @@ from pocketmoe.offload import memory
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DataError, MemoryBudgetError, UsageError
 from pocketmoe.offload.manifest import MANIFEST, TRUNK, Manifest
+from pocketmoe.offload.source import TrunkSize
 from pocketmoe.offload.store import ExpertStore, verify_store
 from pocketmoe.quant.codecs import ExpertShape, codec_names, decode_expert, encode_expert, record_layout
 from pocketmoe.quant.linear import PackedMatrix, matrix_format
@@ -357,8 +358,8 @@ def test_an_empty_directory_is_taken_as_the_place_for_the_store(tmp_path, refere
 
 def test_a_budget_is_compared_with_what_the_conversion_needs_before_anything_is_written(tmp_path):
     class Wide(FakeSource):
-        def largest_trunk_bytes(self):
-            return 4 * 10**9
+        def trunk_sizes(self):
+            return [TrunkSize(10**9, 4 * 10**9), TrunkSize(2 * 10**9, 0)]
 
     needed = memory.resident_bytes() + 10**9
     with pytest.raises(MemoryBudgetError, match=r"fake takes about \d\.\d GB .*trunk tensor 5\.1 GB"):

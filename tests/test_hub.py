@@ -50,7 +50,7 @@ def test_each_refusal_is_a_sentence_that_says_what_to_do(server, published):
     [
         (["config.json", "pytorch_model.bin"], "holds pickled weights (pytorch_model.bin), which are never opened"),
         (["config.json", "README.md"], "has no *.safetensors files"),
-        (["model-Q4_K_M.gguf"], "no checkpoint of transformers: it has no config.json"),
+        (["README.md"], "no checkpoint of transformers: it has no config.json"),
     ],
 )
 def test_a_repository_without_weights_to_use_is_refused(server, tmp_path, files, words):

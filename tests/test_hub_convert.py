@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections import namedtuple
@@ -19,19 +18,6 @@ from pocketmoe.offload.convert import convert
 from pocketmoe.offload.manifest import is_store, read_identity
 
 CODEC: dict[str, Any] = {"codec": "int4-g32", "trunk": "int8-g32"}
-
-
-@pytest.fixture
-def here(monkeypatch):
-    """What would run in a process of its own runs in this one."""
-
-    def run(function, arguments, on_progress=None, on_notice=None):
-        module, _, name = function.partition(":")
-        call = getattr(importlib.import_module(module), name)
-        return json.loads(json.dumps(call(**arguments, on_progress=on_progress, on_notice=on_notice), default=str))
-
-    monkeypatch.setattr(loading, "run_apart", run)
-    monkeypatch.setattr(hub_source, "run_apart", run)
 
 
 @pytest.fixture(scope="module")

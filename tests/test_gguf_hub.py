@@ -1,0 +1,140 @@
+"""GGUF files on the hub: which is meant, what is asked for before it fits, and plans by their headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fake_hub
+import pytest
+from fake_hub import refusal
+from gguf_models import write_model
+from huggingface_hub import constants
+from pocketmoe.offload import gguf_hub, hub, loading
+from pocketmoe.offload.manifest import Manifest, is_store, read_identity
+from pocketmoe.offload.outline import read_outline
+from pocketmoe.offload.survey import survey
+from test_gguf import mixed, small_model, split_in_parts
+
+NAME = "some-org/Tiny-GGUF"
+FILES = {
+    "m-Q2_K.gguf": 2_000_000,
+    "m-Q4_K_M.gguf": 4_000_000,
+    "m-UD-Q4_K_XL.gguf": 4_100_000,
+    "Q8_0/m-Q8_0-00001-of-00002.gguf": 4_000_000,
+    "Q8_0/m-Q8_0-00002-of-00002.gguf": 4_000_000,
+    "mmproj-F16.gguf": 1,
+}
+SPLIT = ["Q8_0/m-Q8_0-00001-of-00002.gguf", "Q8_0/m-Q8_0-00002-of-00002.gguf"]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A repository of a whole file, one in parts, and one that is damaged; without its checkpoint."""
+    path = tmp_path_factory.mktemp("gguf")
+    stock = small_model("mixtral", tmp_path_factory.mktemp("stock"), vocab_size=120)
+    whole = write_model(path / "tiny-Q4_K_M.gguf", "mixtral", stock, mixed)
+    parts = path / "Q8_0"
+    parts.mkdir()
+    (parts / "tiny-Q8_0.gguf").write_bytes(whole.read_bytes())
+    split_in_parts(parts / "tiny-Q8_0.gguf", 3)
+    (parts / "tiny-Q8_0.gguf").unlink()
+    (path / "tiny-IQ1_S.gguf").write_bytes(b"GGUF" + bytes(100))
+    (path / "README.md").write_text("not needed")
+    return path
+
+
+@pytest.fixture
+def asked(server, repository, here):
+    server.models[NAME] = repository
+    return server
+
+
+def whole_files(asked):
+    return [file for file in asked.fetched() if file.endswith(".gguf")]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a/b", ("a/b", "")),
+        ("a/b:Q4_0", ("a/b", "Q4_0")),
+        ("hf.co/a/b:latest", ("a/b", "")),
+        ("https://huggingface.co/a/b", ("a/b", "")),
+        ("a/b/c.gguf", ("a/b", "c.gguf")),
+        ("a/b/c/d-00001-of-00002.gguf", ("a/b", "c/d-00001-of-00002.gguf")),
+        ("a/b/c", None),
+        ("./a/b.gguf", None),
+        ("a/b/../c.gguf", None),
+        ("a/b:", None),
+        ("b.gguf", None),
+    ],
+)
+def test_a_name_says_the_repository_and_what_of_it(text, found):
+    assert hub.parse_name(text) == found
+
+
+@pytest.mark.parametrize(
+    ("wanted", "parts"),
+    [
+        ("", ["m-Q4_K_M.gguf"]),
+        ("q2_k", ["m-Q2_K.gguf"]),
+        ("Q4_K_XL", ["m-UD-Q4_K_XL.gguf"]),
+        ("Q8_0", SPLIT),
+        (SPLIT[1], SPLIT),
+        ("m-Q2_K.gguf", ["m-Q2_K.gguf"]),
+    ],
+)
+def test_a_quantisation_or_a_file_chooses_all_parts_of_one_model(wanted, parts):
+    assert gguf_hub.choose(NAME, FILES, wanted) == parts
+
+
+def test_the_only_model_needs_no_name_and_what_there_is_is_said():
+    assert gguf_hub.choose(NAME, {"gpt-oss-20b-mxfp4.gguf": 1, "mmproj.gguf": 1}) == ["gpt-oss-20b-mxfp4.gguf"]
+    others = {name: size for name, size in FILES.items() if "Q4_K_M" not in name}
+    assert refusal(gguf_hub.choose, NAME, others) == (
+        f"{NAME} has no Q4_K_M; it has Q2_K (2.0 MB), UD-Q4_K_XL (4.1 MB), Q8_0 (8.0 MB): ask for {NAME}:Q2_K"
+    )
+    twice = refusal(gguf_hub.choose, NAME, {"a/m-Q4_K_M.gguf": 1, "b/m-Q4_K_M.gguf": 1})
+    assert f"has several Q4_K_M: name one as {NAME}/a/m-Q4_K_M.gguf" in twice
+    assert "has no GGUF file of a model" in refusal(gguf_hub.choose, NAME, {"mmproj.gguf": 1})
+
+
+def test_a_file_is_fetched_once_and_converted_and_then_nobody_is_asked(asked, monkeypatch):
+    store = loading.find_store(NAME)
+    assert whole_files(asked) == ["tiny-Q4_K_M.gguf"]
+    assert f"some-org--Tiny-GGUF-tiny-Q4_K_M-{fake_hub.COMMIT[:12]}-int4-g32" in store.name
+    manifest = Manifest.read(store)
+    assert manifest.source == f"{NAME}/tiny-Q4_K_M.gguf" and read_identity(store)["revision"] == fake_hub.COMMIT
+    asked.requests.clear()
+    for name in (NAME, f"hf.co/{NAME}:Q4_K_M", f"{NAME}/tiny-Q4_K_M.gguf"):
+        assert loading.find_store(name) == store
+    assert not asked.requests
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refusal(loading.find_store, f"{NAME}:Q8_0")
+
+
+def test_a_file_in_parts_is_fetched_whole(asked, tmp_path):
+    dest = loading.convert_model(f"{NAME}:q8_0", tmp_path / "store")
+    assert is_store(dest)
+    assert whole_files(asked) == [f"tiny-Q8_0-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+
+
+def test_what_cannot_fit_or_be_read_is_refused_by_its_header(asked):
+    assert "budget is 200 MB, but this model needs at least" in refusal(loading.find_store, NAME, ram=200_000_000)
+    assert "GGUF" in refusal(loading.find_store, f"{NAME}:IQ1_S")
+    assert "leave out --no-keep-source" in refusal(loading.find_store, NAME, keep_source=False)
+    assert "has no Q3_K; it has IQ1_S" in refusal(loading.find_store, f"{NAME}:Q3_K")
+    assert not whole_files(asked)
+
+
+def test_a_plan_by_the_header_is_that_of_the_file_and_what_conversion_makes(asked, repository, tmp_path):
+    there = survey(NAME, ram=4 * 10**9).outline
+    assert not whole_files(asked)
+    here = read_outline(repository / "tiny-Q4_K_M.gguf")
+    made = Manifest.read(loading.convert_model(repository / "tiny-Q4_K_M.gguf", tmp_path / "store"))
+    for what in ("layers", "codec", "record_bytes", "trunk_bytes", "trunk_packed"):
+        assert getattr(there.manifest, what) == getattr(here.manifest, what) == getattr(made, what), what
+    assert (there.formats, there.trunk) == (here.formats, here.trunk)
+    shipped = next(form for form in here.formats if form.ships and form.experts_as == "Q4_0")
+    assert shipped.trunk_as == "Q8_0"
+    assert 0 < Path(repository, "tiny-Q4_K_M.gguf").stat().st_size - shipped.total < 20_000  # its metadata
