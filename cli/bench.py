@@ -1,4 +1,4 @@
-"""`pocketmoe bench --simulate`: what machines with a GPU would decode, by a model of time instead of a run."""
+"""`pocketmoe bench`: a model on this machine (`measure.py`), or simulated machines, by a model of time."""
 
 from __future__ import annotations
 
@@ -13,50 +13,66 @@ from ..cache.machine import LINKS, MACHINES, SHAPES, Machine, ModelShape, link_s
 from ..cache.units import format_bytes, parse_bytes
 from ..offload.errors import DataError, MemoryBudgetError, UsageError, require_known
 from .console import say
+from .measure import Measuring, measure, print_table
 
 if TYPE_CHECKING:
     from ..cache.routing import Routing
     from ..cache.simulate import Outcome, Setup
 
 FORMAT_VERSION = 1
+SIMULATED = "gpt-oss-20b"
 
 
 @dataclass(frozen=True)
 class MachineOptions:
     """A preset, and what is different; fields but the first two are those of `Machine`."""
 
-    machine: Annotated[str, typer.Option(metavar="|".join(MACHINES), help="The machine to simulate.")] = "laptop-8gb"
+    machine: Annotated[
+        str | None, typer.Option(metavar="|".join(MACHINES), help="The machine to simulate. Default: laptop-8gb.")
+    ] = None
     link: Annotated[
         str | None, typer.Option(help="Links of the GPU by comma, as pcie4x8, or all. Default: the machine's.")
     ] = None
     vram: Annotated[str | None, typer.Option(help="Of the GPU, as 8GiB. Default: the machine's, here and below.")] = (
         None
     )
-    ram: Annotated[str | None, typer.Option(help="Of the machine, as 32GiB.")] = None
+    ram: Annotated[
+        str | None, typer.Option(help="Of the machine, as 32GiB. To measure: budgets by comma. Default: three of use.")
+    ] = None
     cpu_bandwidth: Annotated[str | None, typer.Option(help="Of the RAM by its specification, per second.")] = None
     gpu_bandwidth: Annotated[str | None, typer.Option(help="Of the VRAM by its specification, per second.")] = None
     disk: Annotated[str | None, typer.Option(help="What the disk reads, as 3.5GB per second.")] = None
 
-    def __post_init__(self) -> None:
-        require_known([self.machine], list(MACHINES), "machine")
-        self.machines()
+    def amounts(self, name: str) -> list[int]:
+        """The bytes of an option that may hold several, by comma."""
+        try:
+            return [parse_bytes(part) for part in (getattr(self, name) or "").split(",") if part.strip()]
+        except ValueError as error:
+            raise UsageError(f"--{name}: {error}") from None
+
+    def described(self) -> dict[str, str | None]:
+        """What is not this machine's."""
+        names = ("machine", "link", "cpu_bandwidth", "gpu_bandwidth", "disk")
+        return {name.replace("_", "-"): getattr(self, name) for name in names}
 
     def machines(self) -> list[Machine]:
         """One for each link. Raises UsageError for what is no amount or no link."""
+        name = self.machine or "laptop-8gb"
+        require_known([name], list(MACHINES), "machine")
         changes: dict[str, Any] = {}
-        for name, field in (
+        for option, field in (
             ("vram", "vram"),
             ("ram", "ram"),
             ("cpu_bandwidth", "ram_bandwidth"),
             ("gpu_bandwidth", "gpu_bandwidth"),
             ("disk", "disk"),
         ):
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, option)) is not None:
                 try:
                     changes[field] = parse_bytes(value.removesuffix("/s"))
                 except ValueError as error:
-                    raise UsageError(f"--{name.replace('_', '-')}: {error}") from None
-        machine = replace(MACHINES[self.machine], **changes)
+                    raise UsageError(f"--{option.replace('_', '-')}: {error}") from None
+        machine = replace(MACHINES[name], **changes)
         links = [machine.link] if self.link is None else LINKS if self.link == "all" else self.link.split(",")
         for link in links:
             try:
@@ -69,15 +85,26 @@ class MachineOptions:
 def bench(
     machine: MachineOptions,
     model: Annotated[
-        str, typer.Argument(metavar="|".join(SHAPES), help="Whose shape is simulated.", show_default=False)
-    ] = "gpt-oss-20b",
-    simulate: Annotated[bool, typer.Option("--simulate", help="Needed: there are only simulations so far.")] = False,
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help=f"What `run` takes. To simulate: {', '.join(SHAPES)}; default {SIMULATED}.",
+            show_default=False,
+        ),
+    ] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Do not measure, but predict for a machine.")] = False,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Routing recorded by --trace; else it is made up.", show_default=False),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 1000,
-    context: Annotated[int, typer.Option(min=1, help="Tokens that the KV cache has room for.")] = 8192,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens to decode. Default: 128 for each answer, 1000 to simulate.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = Measuring.prompt_tokens,
+    rounds: Annotated[int, typer.Option(min=1, help="Answers to measure.")] = Measuring.rounds,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the KV cache has room for. Default: 8192 to simulate.")
+    ] = None,
     recall: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Prefetch for the next layer with this share of right guesses.", metavar="R"),
@@ -91,9 +118,34 @@ def bench(
     ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Predict tokens per second of strategies to place experts on a GPU. Simulated, not measured."""
+    """Measure a model's tokens per second at several --ram, beside the plan's; or simulate machines with a GPU."""
     if not simulate:
-        raise UsageError("bench knows only simulations so far: add --simulate.")
+        if model is None:
+            raise UsageError("name a model to measure, or add --simulate.")
+        ignored = {"trace": trace, "recall": recall, "gpu-finds-hits": gpu_finds_hits or None} | machine.described()
+        if given := [name for name, value in ignored.items() if value is not None]:
+            raise UsageError(f"--{given[0]} is for --simulate: what is measured is this machine.")
+        vram = machine.amounts("vram")
+        what = Measuring(machine.amounts("ram"), vram[0] if vram else None, context, prompt_tokens)
+        data = measure(model, replace(what, tokens=tokens or what.tokens, rounds=rounds))
+        if json:
+            print(jsonlib.dumps(data))
+        else:
+            print_table(data)
+    else:
+        _simulate(machine, model or SIMULATED, trace, tokens or 1000, context or 8192, recall, gpu_finds_hits, json)
+
+
+def _simulate(
+    machine: MachineOptions,
+    model: str,
+    trace: Path | None,
+    tokens: int,
+    context: int,
+    recall: float | None,
+    gpu_finds_hits: bool,
+    json: bool,
+) -> None:
     require_known([model], list(SHAPES), "model shape")
     from ..cache.simulate import Setup
     from ..cache.simulate import simulate as run

@@ -247,7 +247,7 @@ class Model:
                 self.tokenizer,
                 ids,
                 sampling,
-                self._ends,
+                set() if sampling.ignore_eos else self._ends,
                 self._stats,
                 on_progress,
                 generated,

@@ -33,6 +33,8 @@ class Sampling:
     """Most tokens of one answer; None until the context is full."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer and are not part of it."""
+    ignore_eos: bool = False
+    """Go on where the model would end its answer, for measurements."""
 
     def __post_init__(self) -> None:
         checks = (

@@ -1,4 +1,4 @@
-"""`pocketmoe bench --simulate`, called as typer calls it, and once as a process to see that it never loads torch."""
+"""`pocketmoe bench`, called as typer calls it, and once as a process to see that a simulation never loads torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from pocketmoe.cache.machine import LINKS, MACHINES
 from pocketmoe.cache.strategies import strategy_names
+from pocketmoe.cli import measure
 from pocketmoe.cli.main import app
+from pocketmoe.offload.errors import MemoryBudgetError
 from test_simulate import trace_of
 from typer.testing import CliRunner, Result
 
@@ -78,7 +80,10 @@ def test_prefetch_and_a_gpu_that_finds_its_hits_reach_the_simulation():
 @pytest.mark.parametrize(
     ("options", "code", "sentence"),
     [
-        ([], 2, "add --simulate"),
+        ([], 2, "name a model to measure, or add --simulate"),
+        (["store", "--machine", "laptop-8gb"], 2, "--machine is for --simulate"),
+        (["store", "--recall", "0.5"], 2, "--recall is for --simulate"),
+        (["store", "--ram", "1GB,much"], 2, "--ram: 'much' is not an amount"),
         (["gpt-oss-20", "--simulate"], 2, "did you mean 'gpt-oss-20b'?"),
         (["--simulate", "--machine", "laptop"], 2, "unknown machine 'laptop'"),
         (["--simulate", "--link", "pcie4x8,agp"], 2, "--link: 'agp' is not a link: write pcie3, pcie4 or pcie5"),
@@ -98,6 +103,64 @@ def test_a_trace_of_another_shape_is_refused(trace):
     result = invoke("--simulate", "--trace", trace)
     assert result.exit_code == 3
     assert "has 2 layers x 4 experts, but gpt-oss-20b has 24 x 32" in result.stderr
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What runs in other processes is made up: the requests to them, and one budget that is too small."""
+    asked: list[dict] = []
+
+    def run_apart(function, arguments, **_watch):
+        name = function.partition(":")[2]
+        asked.append({"function": name, **arguments})
+        if name == "expect":
+            planned = [
+                {"ram_budget_bytes": budget, "tokens_per_second": 11.5, "hit_rate": 0.81}
+                for budget in arguments["budgets"] or [6 * 10**9, 12 * 10**9]
+            ]
+            formats = {"experts": "int4-g32", "trunk": "int8-g32", "total": 18 * 10**9}
+            rates = {"ram": 40e9, "disk": 3.5e9, "vram": 0.0}
+            return {"rates": rates, "formats": formats, "hit_curve": "recorded decodes", "planned": planned}
+        if arguments["options"]["ram"] < 10**9:
+            raise MemoryBudgetError("the budget is too small")
+        spread = {"median": 12.3, "min": 11.9, "max": 12.7, "each": [11.9, 12.3, 12.7]}
+        return {
+            "ram_budget_bytes": 1, "slots": 3000, "experts": 6144, "kernels": "native-avx2", "policy": "forecast",
+            "io": "direct", "decode_tokens_per_second": spread, "prefill_tokens_per_second": spread,
+            "answer_tokens": 384, "hit_rate": 0.835, "disk_bytes_per_token": 150e6, "disk_bytes_per_s": 1.8e9,
+            "disk_peak_bytes_per_s": 2.0e9, "disk_use": 0.9, "time_per_token": None, "bound_by": "disk",
+            "verdict": "The disk is the limit.", "peak_rss_bytes": 5 * 10**9,
+        }  # fmt: skip
+
+    monkeypatch.setattr(measure, "run_apart", run_apart)
+    monkeypatch.setattr(measure, "find_store", lambda model, **_: Path(model))
+    return asked
+
+
+def test_a_model_is_measured_at_each_budget_beside_the_plan(measured, tmp_path):
+    result = invoke(tmp_path, "--ram", "6GB,12GB,500MB", "--tokens", "64", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "left out: the budget is too small" in result.stderr
+    data = json.loads(result.stdout)
+    assert (data["version"], data["simulated"], data["settings"]["tokens"]) == (1, False, 64)
+    assert [r["ram_budget_bytes"] for r in data["results"]] == [6 * 10**9, 12 * 10**9]
+    assert (data["results"][0]["planned_tokens_per_second"], data["results"][0]["planned_hit_rate"]) == (11.5, 0.81)
+    assert [(call["function"], call.get("tokens")) for call in measured] == [("expect", None)] + [("measure", 64)] * 3
+
+
+def test_the_table_says_what_was_measured_on_what_in_80_columns(measured, tmp_path):
+    result = invoke(tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 80 and "…" not in result.stdout
+    for part in (
+        "cores, native-avx2",
+        "RAM ",
+        "int4-g32, trunk int8-g32, 18.0 GB",
+        "12.3 ±0.4",
+        "The disk is the limit.",
+    ):
+        assert part in " ".join(result.stdout.split()), part
+    assert invoke(tmp_path, "--ram", "500MB").exit_code == 4
 
 
 def test_bench_never_imports_torch():
