@@ -39,11 +39,11 @@ def outlines(tmp_path_factory):
 _made = {}
 
 
-def read_once(path, codec=None, trunk=None, *, native, name=None):
+def read_once(path, codec=None, trunk=None, **options):
     """`read_outline`, whose meta model takes seconds, once for each content."""
-    key = path.read_text(encoding="utf-8"), codec, trunk, native
+    key = path.read_text(encoding="utf-8"), codec, trunk, *sorted(options.items())
     if key not in _made:
-        _made[key] = read_outline(path, codec, trunk, native=native, name=name)
+        _made[key] = read_outline(path, codec, trunk, **options)
     return _made[key]
 
 
@@ -83,7 +83,7 @@ def test_a_gpu_takes_trunk_and_cache_and_leaves_the_ram_to_experts(outlines):
 
 
 def test_a_gpu_without_room_for_the_trunk_is_left_out_and_it_is_said(outlines):
-    placed = fit(outlines("openai/gpt-oss-120b"), replace(MACHINE, vram=4 * GB))
+    placed = fit(outlines("openai/gpt-oss-120b"), replace(MACHINE, vram=2 * GB))
     assert placed.vram is None
     assert "needs at least" in placed.without_gpu
     assert placed.tokens_per_second == fit(outlines("openai/gpt-oss-120b"), MACHINE).tokens_per_second
