@@ -122,7 +122,8 @@ def bench(
     if not simulate:
         if model is None:
             raise UsageError("name a model to measure, or add --simulate.")
-        ignored = {"trace": trace, "recall": recall, "gpu-finds-hits": gpu_finds_hits or None} | machine.described()
+        host = None if gpu_finds_hits else True
+        ignored = {"trace": trace, "recall": recall, "host-finds-hits": host} | machine.described()
         if given := [name for name, value in ignored.items() if value is not None]:
             raise UsageError(f"--{given[0]} is for --simulate: what is measured is this machine.")
         vram = machine.amounts("vram")
