@@ -47,12 +47,13 @@ class Costs(NamedTuple):
     @classmethod
     def of(cls, run: RunStats, disk: DiskSpeed | None, latest: Sequence[Step]) -> Costs | None:
         """Those of the `latest` steps of a run; None without any. Without `disk`, its speed in the run stands for its
-        best."""
+        best; and so it does where it was quicker then: what it has given it can give."""
         answer = run.answer
         if not latest or not answer.requests or not run.layers:
             return None
         reads = run.total("demand_reads") + run.total("prefetch_reads")
-        read = run.record_bytes / disk.bytes_per_s if disk else run.read_busy_s / reads if reads else 0.0
+        found = [run.record_bytes / disk.bytes_per_s] if disk else []
+        read = min([*found, *([run.read_busy_s / reads] if reads else [])], default=0.0)
         requests = answer.requests / answer.steps
         expert = answer.compute_s / answer.requests
         base, miss = _line([(step.missing, step.seconds - step.stall_s) for step in latest], PRIOR_MISS * read)

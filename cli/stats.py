@@ -38,6 +38,7 @@ def stats(
 ) -> None:
     """Say where the time of a chat, run or demo went, and what would make it faster."""
     from ..cache.past_runs import comparison, listing
+    from ..cache.report import report
     from ..cache.sections import sections
 
     if list_:
@@ -49,12 +50,14 @@ def stats(
         else:
             show_sections(listing(entries), sys.stdout)
         return
-    report = report_of(load_run(find_run(run)))
-    shown = sections(report)
-    if against is not None:
-        other = report_of(load_run(find_run(against)))
-        shown = comparison(report, other)
-        report = {"format": "pocketmoe-comparison", "version": 1, "run": report, "against": other}
+    found = load_run(find_run(run))
+    if against is None:
+        data = report_of(found)
+        shown = sections(data)
+    else:
+        both = report(found, replays=False), report(load_run(find_run(against)), replays=False)
+        data = {"format": "pocketmoe-comparison", "version": 1, "run": both[0], "against": both[1]}
+        shown = comparison(*both)
     if html is not None:
         from ..cache.report_html import as_html
 
@@ -64,7 +67,7 @@ def stats(
             raise DataError(f"{html} can not be written: {error.strerror or error}.") from None
         say(f"The report is in {html}.")
     if json:
-        print(jsonlib.dumps(report, ensure_ascii=False, allow_nan=False))
+        print(jsonlib.dumps(data, ensure_ascii=False, allow_nan=False))
     elif html is None:
         show_sections(shown, sys.stdout)
 
