@@ -30,11 +30,13 @@ def report_of(stats: RunStats) -> dict[str, Any]:
     return report(stats, disk)
 
 
-def show_report(stats: RunStats, stream: TextIO) -> None:
-    """Print the whole report to `stream`."""
+def show_live_report(stats: RunStats, stream: TextIO) -> None:
+    """Print the whole report of a model that is loaded. The disk's peak is not measured: its buffers would come on top
+    of the memory budget."""
+    from ..cache.report import report
     from ..cache.sections import sections
 
-    show_sections(sections(report_of(stats)), stream)
+    show_sections(sections(report(stats)), stream)
 
 
 def show_sections(sections: Sequence[Section], stream: TextIO) -> None:

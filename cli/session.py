@@ -13,7 +13,7 @@ from ..offload.errors import PocketMoEError, UsageError
 from .answer import ending_note, stream_answer
 from .console import AnswerWriter, say, say_error
 from .interrupt import INTERRUPTED
-from .report import show_report
+from .report import show_live_report
 from .settings import ChatSettings
 from .terminal import LineReader, line_reader, read_message
 from .transcript import load_transcript, save_transcript
@@ -145,7 +145,7 @@ class Session:
                 say(line)
 
     def _stats(self, argument: str) -> None:
-        show_report(self._model.stats(advice=True), sys.stderr)
+        show_live_report(self._model.stats(advice=True), sys.stderr)
 
     def _save(self, argument: str) -> None:
         path = _file(argument, "/save")
