@@ -27,8 +27,8 @@ from .triton_kernels import (
 # Chosen by reasoning, as those of the experts' kernels.
 CHUNKS = (128, 64, 32)
 """Of 64 bytes that a matvec program reads at once; whichever wastes least of the last read, of those the first."""
-TILE_TOKENS = (16, 32, 64)
-"""Rows that share one read of the codes; the smallest that holds all, else the last."""
+TILE_TOKENS = (16, 64)
+"""Rows that share one read of the codes; the smallest that holds all, else the last. Each is one more compilation."""
 
 
 class TritonLinear(QuantLinear):
