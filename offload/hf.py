@@ -1,8 +1,9 @@
 """The bridge to transformers: a model without its experts, and what it tells about them.
 
 transformers holds the architectures. This file and its neighbours (`hf_experts.py`: the experts in a model,
-`hf_families.py`: what single families need, `hf_keys.py`: names in checkpoints) are the only ones that touch its
-internals; `make breadth` runs every Mixture-of-Experts type of the installed release through them.
+`hf_families.py`: what single families need, `hf_keys.py`: names in checkpoints, `hf_norms.py`: norms on a GPU) are the
+only ones that touch its internals; `make breadth` runs every Mixture-of-Experts type of the installed release through
+them.
 """
 
 from __future__ import annotations

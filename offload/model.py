@@ -22,6 +22,7 @@ from .errors import DataError, UsageError, VramBudgetError
 from .experts import make_device_kernels, make_kernels, open_pool
 from .generate import Chunk, Completion, Sequence, stream_answer
 from .hf_families import STEPWISE
+from .hf_norms import fuse_norms
 from .lean import make_lean_decoder
 from .planning import plan_load
 from .popularity import Popularity
@@ -109,6 +110,8 @@ class Model:
         with memory_errors("the GPU" if device is None else device.name):
             where = torch.device("cpu") if device is None else device.torch_device
             load_packed_trunk(skeleton, store, linear, on_progress, where)
+            if device is not None:
+                fuse_norms(skeleton.model)
             hf.find_router_norms(skeleton)  # also a first forward: libraries load what they need now, before we measure
         self.plan = plan = self._planned_again(plan)
         self._step_threads = 1 if packed else None

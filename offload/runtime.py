@@ -89,9 +89,10 @@ def combine(
         top_k_weights: [T, k], in the router's order.
     """
     weights = top_k_weights.float().gather(1, order)
-    total = parts[places[:, 0]] * weights[:, :1]
-    for i in range(1, places.shape[1]):
-        total.addcmul_(parts[places[:, i]], weights[:, i : i + 1])
+    rows = iter(parts.split(1)) if len(places) == 1 else (parts[place] for place in places.T)  # a token's are in order
+    total = next(rows) * weights[:, :1]
+    for i, row in enumerate(rows, 1):
+        total.addcmul_(row, weights[:, i : i + 1])
     return total
 
 

@@ -84,7 +84,7 @@ class PackedMatrix(NamedTuple):
         block, row = indices // ROW_BLOCK, indices % ROW_BLOCK
         heads = int4.Int4Format(fmt.group) if isinstance(fmt, Int8Format) else fmt  # INT8 has the scales of INT4
         scales, minimums = int4.unpack_heads(blocks[:, :head][block], groups, heads)
-        body, each = blocks[:, head:], torch.arange(n)
+        body, each = blocks[:, head:], torch.arange(n, device=indices.device)
         if isinstance(fmt, Int8Format):
             codes = body.unflatten(1, (padded // 4, ROW_BLOCK, 4))[block, :, row].reshape(n, groups, fmt.group)
             zero = int8.ZERO
