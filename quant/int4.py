@@ -169,7 +169,7 @@ def quantize(weight: torch.Tensor, fmt: Int4Format) -> tuple[torch.Tensor, torch
     """Codes and scales of a matrix.
 
     Symmetric: the value of largest magnitude in a group (the negative one of two) maps to code 0 (that is, -8), as
-    GGUF's Q4_0 does; of the rules that we measured it has the lowest perplexity, although not the least squared error.
+    GGUF's Q4_0 does; of symmetric rules it has the lowest perplexity, although not the least squared error.
     The others: the smallest value maps to code 0 and the largest to 15, which gives back a matrix that already was
     Q4_1 exactly where groups have a minimum.
 
