@@ -14,7 +14,7 @@ from pocketmoe.quant.native_step import Norm
 
 pytestmark = pytest.mark.skipif(load_native() is None, reason="the native kernels are not built")
 ROWS, COLS = 37, 200
-FORMATS = [Int8Format(32), Int4Format(32), Int4Format(64), Int4Format(32, symmetric=False)]
+FORMATS = [Int8Format(32), Int4Format(32), Int4Format(64), Int4Format(32, "asym")]
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
