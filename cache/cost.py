@@ -52,8 +52,8 @@ class Costs(NamedTuple):
         if not latest or not answer.requests or not run.layers:
             return None
         reads = run.total("demand_reads") + run.total("prefetch_reads")
-        found = [run.record_bytes / disk.bytes_per_s] if disk else []
-        read = min([*found, *([run.read_busy_s / reads] if reads else [])], default=0.0)
+        found = ([run.record_bytes / disk.bytes_per_s] if disk else []) + ([run.read_busy_s / reads] if reads else [])
+        read = min(found) if found else 0.0
         requests = answer.requests / answer.steps
         expert = answer.compute_s / answer.requests
         base, miss = _line([(step.missing, step.seconds - step.stall_s) for step in latest], PRIOR_MISS * read)

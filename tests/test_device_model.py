@@ -58,9 +58,11 @@ def answer(model: Model, count: int = 6, prompt: int = 23) -> list[torch.Tensor]
 class Finding:
     """Kernels that find records as those of a GPU do."""
 
+    name = "finding"
+
     def __init__(self, model: Model, kernels: ExpertKernels) -> None:
         assert model._on_device is not None
-        self._slots, self._kernels = model._on_device.slots, kernels
+        self._slots, self._kernels, self.run = model._on_device.slots, kernels, kernels.run
 
     def run_resident(self, hidden, chosen, addresses, out):
         if jobs := found_jobs(self._slots, chosen, addresses):
