@@ -29,6 +29,9 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
+_MAX_VALUE, _MAX_HEADER = 64 << 20, 256 << 20
+"""Bytes of one string or list of metadata, and of all that precedes the tensors' data. Vocabularies of 262,144 tokens
+with their merges take 20 MB."""
 _SYMMETRIC, _WITH_MINIMUM = "int4-g32", "int4-g32-asym"
 _HELD = {MXFP4: ("MXFP4",), _SYMMETRIC: ("Q4_0",), _WITH_MINIMUM: ("Q4_0", "Q4_1", "Q4_K")}
 """Types whose codes and scales records of a codec take over."""
@@ -154,8 +157,9 @@ def _read_one(path: Path, size: int | None) -> tuple[dict[str, Any], dict[str, P
 def _damage_explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, struct.error, RecursionError) as error:
-        raise DataError(f"{path}: the GGUF header is damaged ({error}); download the file again") from None
+    except (ValueError, struct.error, RecursionError, MemoryError, OverflowError) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path}: the GGUF header is damaged ({reason}); download the file again") from None
 
 
 class _Header:
@@ -209,8 +213,13 @@ class _Header:
 
     def checked(self, count: int, least: int) -> int:
         """A count of things that take at least so many bytes each; a damaged one must not fill the memory."""
-        if count * least > self.size - self.file.tell():
+        nbytes, before = count * least, self.file.tell()
+        if nbytes > self.size - before:
             raise ValueError(f"it promises {count} entries in {self.size:,} bytes")
+        if nbytes > _MAX_VALUE:
+            raise ValueError(f"a value takes {nbytes:,} bytes where {_MAX_VALUE:,} are more than any model needs")
+        if before + nbytes > _MAX_HEADER:
+            raise ValueError(f"it goes on after {_MAX_HEADER:,} bytes, which are more than any model needs")
         return count
 
     def string(self) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ from fakes_store import tree
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 from gguf_models import ARCHITECTURES, CHAT_TEMPLATE, write_model
-from pocketmoe.offload import gguf_source, hf_keys
+from pocketmoe.offload import gguf_file, gguf_source, hf_keys
 from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DataError
-from pocketmoe.offload.gguf_file import read_gguf
+from pocketmoe.offload.gguf_file import header_length, read_gguf
 from pocketmoe.offload.gguf_source import GgufSource
 from pocketmoe.offload.gguf_tensor import GgufTensor
 from pocketmoe.offload.gguf_tokenizer import write_generation_config, write_tokenizer
@@ -388,6 +390,23 @@ def test_a_header_with_any_byte_changed_is_read_or_refused(tmp_path):
             file.write_bytes(changed)
             with contextlib.suppress(DataError):  # anything else fails the test
                 read_gguf(file)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (struct.pack("<IQ", 8, 20 << 30), "a value takes 21,474,836,480 bytes"),  # a string
+        (struct.pack("<IIQ", 9, 8, 1 << 30), "a value takes 8,589,934,592 bytes"),  # a list of strings
+        (struct.pack("<IIQ", 9, 0, 1 << 30), "a value takes 1,073,741,824 bytes"),  # a list of bytes
+        (struct.pack("<IIQ", 9, 8, 9) + struct.pack("<Q400x", 400) * 9, "goes on after 3,000 bytes"),  # only in all
+    ],
+)
+def test_a_header_that_promises_gigabytes_is_refused_before_they_are_read(value, words, monkeypatch):
+    monkeypatch.setattr(gguf_file, "_MAX_HEADER", 3000)
+    header = b"GGUF" + struct.pack("<IQQQ1s", 3, 0, 1, 1, b"k") + value
+    size = 30 << 30
+    with pytest.raises(DataError, match=rf"the GGUF header is damaged \(.*{words}"):
+        header_length(Path("x.gguf"), io.BufferedReader(io.BytesIO(header)), size)  # type: ignore[arg-type]
 
 
 def test_large_trunk_matrices_are_read_in_pieces_with_the_same_result(tmp_path, monkeypatch):
