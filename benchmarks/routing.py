@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,19 @@ CACHED = (0.25, 0.4, 0.5, 0.6)
 
 def measure_routing(store: Path, kind: str, tokens: int, seed: int = 1, threads: int = 2) -> dict[str, Any]:
     """Feed a token stream one token at a time and describe which experts the model's router chose."""
+    from pocketmoe.cache.trace import read_trace
     from pocketmoe.offload import load
 
     from .synthetic_weights import token_stream
 
-    chosen: list[list[list[int]]] = []  # token, layer, k
-    with load(store, threads=threads, context=tokens + 8, prefetch=False, verify=False) as model:
-        runtime = model._runtime
-        run_experts = runtime.run_experts
-
-        def watch(layer: int, hidden: Any, work: Any, guess: Any) -> Any:
-            chosen[-1].append(list(work.experts))
-            return run_experts(layer, hidden, work, guess)
-
-        runtime.run_experts = watch
-        sequence = model.new_sequence()
-        vocabulary = model.transformers_model.config.vocab_size
-        for token in token_stream(kind, tokens, vocabulary, seed):
-            chosen.append([])
-            sequence.feed([token])
-        experts = runtime.cache.layers and model.plan.needs.experts // runtime.cache.layers
-    return describe(np.array(chosen), experts, np.zeros(tokens, int))
+    with tempfile.TemporaryDirectory() as folder:
+        trace = str(Path(folder) / "trace.npz")
+        with load(store, threads=threads, context=tokens + 8, prefetch=False, verify=False, trace=trace) as model:
+            sequence = model.new_sequence()
+            for token in token_stream(kind, tokens, model.transformers_model.config.vocab_size, seed):
+                sequence.feed([token])
+        routing = read_trace(trace)
+    return describe(routing.experts.astype(int), routing.num_experts, np.zeros(tokens, int))
 
 
 def describe_trace(path: Path) -> dict[str, Any]:

@@ -315,17 +315,17 @@ def measure_kv_growth(skeleton: Skeleton, chunk: int, stored: torch.dtype | None
     """`measure_kv_bytes` by context; a single forward for all of them where every layer takes its memory at once."""
 
     @functools.cache
-    def widths() -> list[int]:
+    def widths() -> list[int] | None:
         cache = new_kv_cache(skeleton.config, 1, chunk, stored)
         _fill_on_meta(skeleton, 1, cache)
-        return token_bytes(cache)
+        return token_bytes(cache) if allocates_ahead(cache) else None  # some types add layers of their own in a forward
 
     @functools.cache
     def at(context: int) -> int:
         cache = new_kv_cache(skeleton.config, context, chunk, stored)
-        if not allocates_ahead(cache):
+        if not allocates_ahead(cache) or (each := widths()) is None:
             return measure_kv_bytes(skeleton, context, chunk, stored)
-        return sum(capacity * width for capacity, width in zip(capacities(cache), widths(), strict=True))
+        return sum(capacity * width for capacity, width in zip(capacities(cache), each, strict=True))
 
     return at
 

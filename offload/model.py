@@ -138,10 +138,11 @@ class Model:
         except ValueError as error:
             raise UsageError(str(error)) from None
         slots = RamSlots(plan.slots, store.record_bytes)
-        table = RamTable(slots, [layer.num_experts for layer in layers])
+        experts = [layer.num_experts for layer in layers]
+        table = RamTable(slots, experts)
         cache = ExpertCache(plan.slots, policy, len(layers), max(layer.top_k for layer in layers), table)
         transfers = ThreadedTransfers(store, self._stats, config.readers)
-        ahead = Prefetcher(cache, slots, transfers, self._stats) if config.prefetch else NoPrefetch()
+        ahead = Prefetcher(cache, slots, transfers, self._stats, experts=experts) if config.prefetch else NoPrefetch()
         self._popularity = Popularity(store.path, manifest)
         wanted = self._popularity.order(notice) if config.warm_start else []
         ahead = warm = WarmStart(ahead, cache, slots, transfers, wanted)

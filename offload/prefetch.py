@@ -93,6 +93,7 @@ class Prefetcher:
             right one saves at most the wait for one.
         idle_worth: the same of a rank whose guesses are read only while the disk has nothing else to do, as while the
             next layer's attention is computed.
+        experts: how many each layer has, for routers that also choose experts without weights, numbered behind them.
     """
 
     def __init__(
@@ -104,9 +105,11 @@ class Prefetcher:
         depth: int = 16,
         worth: float = 0.6,
         idle_worth: float = 0.3,
+        experts: Sequence[int] | None = None,
     ) -> None:
         self._cache, self._slots, self._transfers, self._stats = cache, slots, transfers, stats
         self._depth, self._worth, self._idle_worth = depth, worth, idle_worth
+        self._experts = experts
         self._precision = Precision()
         self._guessed: dict[int, list[tuple[int, int]]] = {}
         """By layer: rank and index of the guesses that were not resident."""
@@ -121,7 +124,7 @@ class Prefetcher:
         guessed = self._guessed[layer] = []
         for rank, index in enumerate(indices):
             expert = ExpertId(layer, index)
-            if self._cache.slot_of(expert) is not None:
+            if self._cache.slot_of(expert) is not None or (self._experts and index >= self._experts[layer]):
                 continue
             guessed.append((rank, index))
             precision = self._precision.of(rank)

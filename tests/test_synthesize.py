@@ -78,7 +78,7 @@ def test_q4_0_blocks_read_back_as_the_same_numbers(bench):
 
 
 def test_the_store_holds_exactly_the_generated_experts(source, tmp_path):
-    path = convert(source, tmp_path / "store")
+    path = convert(source, tmp_path / "store", "int4-g32")
     assert verify_store(path) == []
     manifest = Manifest.read(path)
     codec, layouts = manifest.codec_and_layouts()
