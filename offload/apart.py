@@ -136,7 +136,14 @@ def main() -> None:
 
 
 def _answer() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the caller's program may ignore it, which is inherited
+    interrupted = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if not interrupted.is_set():  # what ends in order is not interrupted again
+            interrupted.set()
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)  # the caller's program may ignore it, which is inherited
     channel = os.dup(1)
     with contextlib.suppress(OSError):  # the caller may have no stderr
         os.dup2(2, 1)  # what a library prints is no message
@@ -148,7 +155,7 @@ def _answer() -> None:
                 line = line[os.write(channel, line) :]
 
     request = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_interrupt_at_end_of_input, daemon=True).start()
+    threading.Thread(target=_interrupt_at_end_of_input, args=(interrupted,), daemon=True).start()
     try:
         module, _, name = request["function"].partition(":")
         result = getattr(importlib.import_module(module), name)(
@@ -164,11 +171,14 @@ def _answer() -> None:
         send(bug=described, traceback=traceback.format_exc())
 
 
-def _interrupt_at_end_of_input() -> None:
+def _interrupt_at_end_of_input(interrupted: threading.Event) -> None:
     os.read(0, 1)  # returns when the caller has closed the pipe or is dead
-    if hasattr(signal, "pthread_kill"):  # also wakes a thread that waits for something
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-    else:
-        _thread.interrupt_main()
-    time.sleep(GRACE_S)
+    end = time.monotonic() + GRACE_S
+    while not interrupted.is_set() and time.monotonic() < end:
+        if hasattr(signal, "pthread_kill"):  # also wakes a thread that waits for something
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        else:
+            _thread.interrupt_main()
+        interrupted.wait(0.05)  # again: a signal just before a wait begins does not end that wait
+    time.sleep(max(0.0, end - time.monotonic()))
     os._exit(INTERRUPTED)  # some library has swallowed the interrupt
