@@ -19,6 +19,7 @@ from . import hub
 from .config import DEFAULT_CODEC, default_trunk
 from .errors import DataError
 from .gguf_file import PART, header_length
+from .hub_name import GGUF
 from .source import OnNotice, OnProgress, Progress
 
 DEFAULT_QUANT = "Q4_K_M"
@@ -91,7 +92,7 @@ def find_cached(name: str, revision: str | None, wanted: str) -> hub.HubModel | 
 def _look_up(name: str, revision: str | None, wanted: str) -> tuple[str, dict[str, int]]:
     """The commit, and the chosen files with their bytes."""
     commit, listed = hub.list_files(name, revision)
-    parts = choose(name, {file: size for file, size in listed.items() if file.endswith(hub.GGUF)}, wanted)
+    parts = choose(name, {file: size for file, size in listed.items() if file.endswith(GGUF)}, wanted)
     return commit, {part: listed[part] for part in parts}
 
 

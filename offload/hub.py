@@ -19,16 +19,13 @@ from typing import Any
 
 from .checkpoint_files import CONFIG, INDEX_FILE, MAX_SMALL_FILE, is_small_file, read_index, weight_files
 from .errors import DataError, PocketMoEError
+from .hub_name import GGUF
 from .source import OnNotice, OnProgress, Progress
 
-_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-_PREFIXES = ("https://", "huggingface.co/", "hf.co/")
-_TAG = re.compile(r"[\w.-]+", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HEADER_THREADS = 8
 _TIMEOUT_S = 30.0
 _PARTIAL = 206
-GGUF = ".gguf"
 ATTEMPTS = 3
 """At a file, besides the library's own resumptions, when the connection fails."""
 
@@ -57,26 +54,6 @@ class HubModel:
     def missing(self) -> dict[str, int]:
         """The files of weights that are not in the hub's cache, and their sizes in bytes."""
         return {file: size for file, size in self.weights.items() if not (Path(self.folder) / file).is_file()}
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether a text can be the name of a model on the hub."""
-    return _ID.fullmatch(text) is not None and "--" not in text and ".." not in text
-
-
-def parse_name(text: str) -> tuple[str, str] | None:
-    """ORGANISATION/NAME of a model on the hub and what of it is meant: a quantisation after a colon, a GGUF file, or
-    nothing. None for what cannot be one."""
-    for prefix in _PREFIXES:
-        text = text.removeprefix(prefix)
-    name, colon, wanted = text.partition(":")
-    if not colon and name.lower().endswith(GGUF):
-        organisation, _, rest = name.partition("/")
-        repository, _, wanted = rest.partition("/")
-        name = f"{organisation}/{repository}"
-    if not is_hub_id(name) or (colon and not _TAG.fullmatch(wanted)) or ".." in wanted or wanted.startswith("/"):
-        return None
-    return name, "" if wanted == "latest" else wanted
 
 
 def is_commit(revision: str | None) -> bool:

@@ -22,6 +22,7 @@ from .config import DEFAULT_CODEC, MXFP4, OffloadConfig, default_trunk, kept_cod
 from .errors import DataError, UsageError
 from .gguf_file import is_gguf, keeping_codec, read_gguf
 from .hub import HubModel
+from .hub_name import parse_name
 from .manifest import is_store, read_identity
 from .memory import left_for_child
 from .source import OnNotice, OnProgress
@@ -206,7 +207,7 @@ def _resolve(
         if revision is not None:
             raise UsageError(f"{local} is a local path, which has no revisions; leave out --revision {revision}")
         return local, None
-    named = hub.parse_name(str(path))
+    named = parse_name(str(path))
     if named is None:
         raise DataError(
             f"there is no file or directory {local}; give a store, a checkpoint directory, a GGUF file, or a model on "

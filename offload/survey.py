@@ -23,6 +23,7 @@ from .errors import MemoryBudgetError, UsageError
 from .estimate import Rates
 from .gguf_file import is_gguf, read_gguf
 from .gguf_tokenizer import write_tokenizer
+from .hub_name import parse_name
 from .outline import Outline, read_outline
 from .outlook import Change, Fit, Machine, changes, fit
 from .placement import CUDA_CONTEXT
@@ -110,7 +111,7 @@ def survey(
 @contextmanager
 def _located(model: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """What `read_outline` is to read, and how: of a model on the hub its config, or the header of its GGUF file."""
-    path, named = Path(model).expanduser(), hub.parse_name(model)
+    path, named = Path(model).expanduser(), parse_name(model)
     if path.exists() or named is None:
         yield path, {}
         return

@@ -10,6 +10,7 @@ from fake_hub import refusal
 from gguf_models import write_model
 from huggingface_hub import constants
 from pocketmoe.offload import gguf_hub, hub, loading
+from pocketmoe.offload.hub_name import parse_name
 from pocketmoe.offload.manifest import Manifest, is_store, read_identity
 from pocketmoe.offload.outline import read_outline
 from pocketmoe.offload.survey import survey
@@ -60,6 +61,10 @@ def whole_files(asked):
         ("a/b:Q4_0", ("a/b", "Q4_0")),
         ("hf.co/a/b:latest", ("a/b", "")),
         ("https://huggingface.co/a/b", ("a/b", "")),
+        ("https://huggingface.co/a/b/tree/main", ("a/b", "")),
+        ("https://huggingface.co/a/b/blob/main/x.gguf", ("a/b", "x.gguf")),
+        ("https://huggingface.co/a/b/resolve/main/c/x%20y.gguf?download=true", ("a/b", "c/x y.gguf")),
+        ("a/b/blob/main/x.gguf", ("a/b", "blob/main/x.gguf")),
         ("a/b/c.gguf", ("a/b", "c.gguf")),
         ("a/b/c/d-00001-of-00002.gguf", ("a/b", "c/d-00001-of-00002.gguf")),
         ("a/b/c", None),
@@ -70,7 +75,12 @@ def whole_files(asked):
     ],
 )
 def test_a_name_says_the_repository_and_what_of_it(text, found):
-    assert hub.parse_name(text) == found
+    assert parse_name(text) == found
+
+
+def test_an_address_of_another_revision_is_refused_with_what_to_write():
+    message = refusal(parse_name, "https://huggingface.co/a/b/blob/v2/x.gguf")
+    assert message == "the address names revision v2 of a/b: write a/b/x.gguf, and --revision v2 where a command has it"
 
 
 @pytest.mark.parametrize(
