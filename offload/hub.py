@@ -174,14 +174,21 @@ class RemoteFile(io.RawIOBase):
         end = min(first + len(buffer), self._size)
         if first == end:
             return 0
-        with _explained(*self._of):
-            headers = {**build_hf_headers(), "Range": f"bytes={first}-{end - 1}"}
-            response = get_session().get(self._url, headers=headers, timeout=_TIMEOUT_S)
+        headers = {**build_hf_headers(), "Range": f"bytes={first}-{end - 1}", "Accept-Encoding": "identity"}
+        with (
+            _explained(*self._of),
+            get_session().stream("GET", self._url, headers=headers, timeout=_TIMEOUT_S) as response,
+        ):
             hf_raise_for_status(response)
-        if response.status_code != _PARTIAL or len(response.content) != end - first:
+            given = response.headers.get("Content-Range", "")
+            is_part = response.status_code == _PARTIAL and given.startswith(f"bytes {first}-{end - 1}/")
+            for piece in response.iter_raw() if is_part else ():  # the whole file may not fit in memory
+                self.content += piece[: end - len(self.content) + 1]
+                if len(self.content) > end:
+                    break
+        if len(self.content) != end:
             raise DataError(f"{self._url} cannot be read in parts; download the file and name it")
-        buffer[: end - first] = response.content
-        self.content += response.content
+        buffer[: end - first] = self.content[first:]
         return end - first
 
 

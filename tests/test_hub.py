@@ -133,6 +133,16 @@ def test_a_full_disk_is_said_and_what_is_complete_stays(server, published, monke
     assert first not in model.missing() and second in model.missing()
 
 
+def test_a_file_that_is_not_given_in_parts_is_refused_by_the_answers_head_alone(server, published):
+    file = shards(published)[0]
+    content = (published / file).read_bytes()
+    remote = hub.RemoteFile(NAME, file, fake_hub.COMMIT, len(content))
+    assert remote.read(100) == content[:100] and remote.read(50) == content[100:150]
+    server.ignores_ranges, server.cut_after = True, [1000]  # who reads on meets the end of the connection
+    assert "cannot be read in parts" in refusal(remote.read, 100)
+    assert remote.content == content[:150]
+
+
 def test_headers_are_read_without_the_weights(server, published):
     model = look_up()
     headers = hub.read_headers(model)
