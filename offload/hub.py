@@ -103,7 +103,8 @@ def find_cached_ggufs(name: str, revision: str | None = None) -> HubModel | None
     except OSError:
         return None
     folder = kept / "snapshots" / str(commit)
-    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob(f"*{GGUF}")}
+    here = [path for path in folder.rglob(f"*{GGUF}") if path.is_file()]  # a link may have lost what it points to
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in here}
     return HubModel(name, folder.name, str(folder), files) if files else None
 
 

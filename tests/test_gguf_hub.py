@@ -123,6 +123,17 @@ def test_a_file_is_fetched_once_and_converted_and_then_nobody_is_asked(asked, mo
     assert "HF_HUB_OFFLINE is set" in refusal(loading.find_store, f"{NAME}:Q8_0")
 
 
+def test_a_file_whose_content_the_cache_has_lost_is_not_here(asked):
+    snapshot = Path(hub.cache_folder(), "models--some-org--Tiny-GGUF", "snapshots", fake_hub.COMMIT)
+    snapshot.mkdir(parents=True)
+    for file in ("tiny-Q4_K_M.gguf", "tiny-Q8_0.gguf"):
+        (snapshot / file).symlink_to(snapshot / "blob")
+    assert hub.find_cached_ggufs(NAME, fake_hub.COMMIT) is None
+    (snapshot / "tiny-Q2_K.gguf").write_bytes(b"GGUF")
+    here = hub.find_cached_ggufs(NAME, fake_hub.COMMIT)
+    assert here is not None and here.weights == {"tiny-Q2_K.gguf": 4}
+
+
 def test_a_file_in_parts_is_fetched_whole(asked, tmp_path):
     dest = loading.convert_model(f"{NAME}:q8_0", tmp_path / "store")
     assert is_store(dest)
