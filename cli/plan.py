@@ -104,8 +104,9 @@ def as_lines(survey: Survey) -> list[str]:
         )
     lines += ["* what this plan is for; the others are what it ships as, or could be", ""]
     if fit is None:
-        lines += wrap(f"It does not fit: {survey.refusal}.", _WIDTH)
+        lines += wrap(f"It does not fit: {survey.refusal.rstrip('.')}.", _WIDTH)
     else:
+        lines += wrap(survey.lacking, _WIDTH)
         lines += [*_where(survey, fit), "", *_speed(survey, fit)]
     best = survey.changes[0] if survey.changes else None
     lines += _row("change", _change(best, fit))

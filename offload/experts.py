@@ -22,8 +22,8 @@ from .manifest import Manifest
 from .source import OnNotice
 
 
-def open_pool(config: OffloadConfig) -> NativePool | None:
-    """The threads that experts and trunk matrices share; None where torch has to compute.
+def open_pool(config: OffloadConfig, on_notice: OnNotice) -> NativePool | None:
+    """The threads that experts and trunk matrices share; None where torch has to compute, and says so.
 
     Raises:
         UsageError: `kernels="native"` was asked for and there is no library; says why.
@@ -33,6 +33,9 @@ def open_pool(config: OffloadConfig) -> NativePool | None:
     if load_native() is None:
         if config.kernels == "native":
             raise UsageError(f"native kernels were asked for: {why_missing()}")
+        on_notice(
+            f"{why_missing()} Using torch meanwhile, which is several times slower and cannot keep the trunk packed."
+        )
         return None
     return NativePool(config.threads)
 
@@ -53,14 +56,14 @@ def make_kernels(
             for site, layout, activation in zip(sites, layouts, activations, strict=True)
         ]
     if pool is None:
-        obstacle = why_missing()
+        obstacle = ""
     elif fmt is None:
         obstacle = f"The native kernels have no codec {codec.name}."
     else:
         obstacle = f"The native kernels lack the activation of {type(sites[0].experts).__name__}."
     if config.kernels == "native":
         raise UsageError(f"native kernels were asked for: {obstacle}")
-    if config.kernels == "auto" and fmt is not None:  # who takes records that are not packed does not ask for speed
+    if obstacle and config.kernels == "auto" and fmt is not None:  # records that are not packed are not for speed
         on_notice(f"{obstacle} Using torch for the experts meanwhile, which is several times slower.")
     return [
         _with_norm(site, TorchKernels(codec, layout, site.apply_gate), on_cpu=True)

@@ -81,7 +81,7 @@ class Model:
         self, config: OffloadConfig, device: Device | None, on_progress: OnProgress | None, notice: OnNotice
     ) -> None:
         store, manifest = self._store, self._store.manifest
-        pool = open_pool(config)
+        pool = open_pool(config, notice)
         hf.check_version(notice)
         linear = find_linear(pool, device, config)
         # The CPU's kernels compute in float32; with half-precision activations each would convert back and forth.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cache.hit_curve import RECORDED, HitCurve
-from ..quant.native import load_native
+from ..quant.native import load_native, why_missing
 from ..quant.triton_kernels import load_triton
 from . import gguf_hub, hub, memory, probe
 from .apart import run_apart
@@ -55,6 +55,8 @@ class Survey:
     fit: Fit | None
     refusal: str
     """Why it does not fit; empty when it does."""
+    lacking: str
+    """Why compiled kernels, which keep the trunk packed, are missing on this machine; empty when they are there."""
     changes: list[Change]
     """What would help, the best first."""
     curve: HitCurve = RECORDED
@@ -98,14 +100,15 @@ def survey(
     try:
         fitted = fit(outline, machine, context)
     except MemoryBudgetError as error:
-        refusal = str(error)
+        refusal = str(error) if native else f"{error}. Without compiled kernels the trunk takes more: {why_missing()}"
 
     def smaller() -> Iterator[tuple[str, Outline]]:
         if outline.chosen.trunk_as == DEFAULT_TRUNK and not outline.is_store:
             other = DEFAULT_TRUNK.replace("int8", "int4")
             yield f"--trunk {other}", outline.of_trunk(other)
 
-    return Survey(outline, machine, origins, fitted, refusal, changes(outline, machine, context, fitted, smaller))
+    better = changes(outline, machine, context, fitted, smaller)
+    return Survey(outline, machine, origins, fitted, refusal, why_missing(), better)
 
 
 @contextmanager

@@ -103,6 +103,18 @@ def test_a_budget_below_the_floor_is_refused_before_the_trunk_is_read(store):
     assert stages == []
 
 
+def test_missing_native_kernels_are_said_once_and_also_where_the_budget_is_refused(store, monkeypatch):
+    for name, gives in (("load_native", None), ("why_missing", "No compiler was found.")):
+        monkeypatch.setattr(f"pocketmoe.offload.experts.{name}", lambda gives=gives: gives)
+    notices: list[str] = []
+    with load(store, ram="4GB", on_notice=notices.append):
+        assert sum("No compiler was found" in notice for notice in notices) == 1
+    notices.clear()
+    with pytest.raises(MemoryBudgetError):
+        load(store, ram="50MB", on_notice=notices.append)
+    assert any("cannot keep the trunk packed" in notice for notice in notices)
+
+
 def test_the_transformers_model_is_reachable_and_generates(store):
     with load(store, ram="4GB") as model:
         ids = torch.tensor([model.encode("hello")])
