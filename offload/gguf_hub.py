@@ -64,7 +64,9 @@ def choose(name: str, files: Mapping[str, int], wanted: str = "") -> list[str]:
         raise DataError(f"{name} has several {wanted or DEFAULT_QUANT}: name one as {name}/{found[0][0]}")
     there = sorted((sum(files[part] for part in parts), stem) for stem, parts in models.items())
     listed = ", ".join(f"{quant_of(stem)} ({format_bytes(size)})" for size, stem in there)
-    raise DataError(f"{name} has no {wanted or DEFAULT_QUANT}; it has {listed}: ask for {name}:{quant_of(there[0][1])}")
+    smallest = there[0][1]
+    one = f"{name}:{quant_of(smallest)}" if _QUANT.search(smallest) else f"{name}/{models[smallest][0]}"
+    raise DataError(f"{name} has no {wanted or DEFAULT_QUANT}; it has {listed}: ask for {one}")
 
 
 def quant_of(stem: str) -> str:

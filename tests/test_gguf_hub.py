@@ -106,6 +106,9 @@ def test_the_only_model_needs_no_name_and_what_there_is_is_said():
     )
     twice = refusal(gguf_hub.choose, NAME, {"a/m-Q4_K_M.gguf": 1, "b/m-Q4_K_M.gguf": 1})
     assert f"has several Q4_K_M: name one as {NAME}/a/m-Q4_K_M.gguf" in twice
+    unnamed = {"sub/foo.gguf": 1, "sub/bar.gguf": 2}
+    assert refusal(gguf_hub.choose, NAME, unnamed).endswith(f"ask for {NAME}/sub/foo.gguf")
+    assert gguf_hub.choose(NAME, unnamed, "sub/foo.gguf") == ["sub/foo.gguf"]
     assert "has no GGUF file of a model" in refusal(gguf_hub.choose, NAME, {"mmproj.gguf": 1})
 
 
