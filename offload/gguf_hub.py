@@ -160,7 +160,6 @@ def fetch_gguf(
         codec = codec or source.kept_codec or DEFAULT_CODEC
         download = (hub.cache_folder(), sum(sizes.values()))
         require_fit(source, codec, trunk or default_trunk(codec), Path(dest), download, to_run)
-    some = dict([next(iter(sizes.items()))])
-    [first] = hub.fetch(name, revision or "main", some, None, on_progress, on_notice)  # notes the commit
     hub.fetch(name, commit, sizes, None, on_progress, on_notice)
-    return asdict(hub.HubModel(name, commit, first.removesuffix(next(iter(sizes))), sizes))
+    hub.note_commit(name, revision, commit)
+    return asdict(hub.HubModel(name, commit, str(hub.snapshot_folder(name, commit)), sizes))

@@ -93,16 +93,33 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def find_cached_ggufs(name: str, revision: str | None = None) -> HubModel | None:
-    """`find_cached` of GGUF files; there may be more of them on the hub."""
+def snapshot_folder(name: str, commit: str) -> Path:
+    """Where the files of one commit of a model are in the cache."""
+    return _repository_folder(name) / "snapshots" / commit
+
+
+def note_commit(name: str, revision: str | None, commit: str) -> None:
+    """Note what a branch or tag is, as the library does when it is asked for a file of it."""
+    if not is_commit(revision):
+        note = _repository_folder(name) / "refs" / (revision or "main")
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(commit)
+
+
+def _repository_folder(name: str) -> Path:
     from huggingface_hub.file_download import repo_folder_name
 
-    kept = cache_folder() / repo_folder_name(repo_id=name, repo_type="model")
+    return cache_folder() / repo_folder_name(repo_id=name, repo_type="model")
+
+
+def find_cached_ggufs(name: str, revision: str | None = None) -> HubModel | None:
+    """`find_cached` of GGUF files; there may be more of them on the hub."""
     try:
-        commit = revision if is_commit(revision) else (kept / "refs" / (revision or "main")).read_text().strip()
+        note = _repository_folder(name) / "refs" / (revision or "main")
+        commit = revision if is_commit(revision) else note.read_text().strip()
     except OSError:
         return None
-    folder = kept / "snapshots" / str(commit)
+    folder = snapshot_folder(name, str(commit))
     here = [path for path in folder.rglob(f"*{GGUF}") if path.is_file()]  # a link may have lost what it points to
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in here}
     return HubModel(name, folder.name, str(folder), files) if files else None

@@ -143,6 +143,22 @@ def test_a_file_in_parts_is_fetched_whole(asked, tmp_path):
     assert whole_files(asked) == [f"tiny-Q8_0-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
 
 
+def test_a_branch_that_moves_after_the_look_up_changes_nothing(asked, monkeypatch, tmp_path):
+    list_files = hub.list_files
+
+    def list_and_move(*arguments):
+        found = list_files(*arguments)
+        asked.commits = {"main": "f" * 40, "before": fake_hub.COMMIT}
+        return found
+
+    monkeypatch.setattr(hub, "list_files", list_and_move)
+    formats = {"codec": None, "trunk": None, "dest": str(tmp_path), "to_run": None}
+    model = hub.HubModel(**gguf_hub.fetch_gguf(NAME, None, "Q8_0", **formats))
+    assert (model.commit, Path(model.folder).name) == (fake_hub.COMMIT, fake_hub.COMMIT)
+    assert model.is_complete and model.first_file.name == "tiny-Q8_0-00001-of-00003.gguf"
+    assert gguf_hub.find_cached(NAME, None, "Q8_0") == model
+
+
 def test_what_cannot_fit_or_be_read_is_refused_by_its_header(asked):
     assert "budget is 200 MB, but this model needs at least" in refusal(loading.find_store, NAME, ram=200_000_000)
     assert "GGUF" in refusal(loading.find_store, f"{NAME}:IQ1_S")
