@@ -245,7 +245,8 @@ def _place(checkpoint: Path, model: HubModel | None, codec: str | None, trunk: s
     """Where the store of a checkpoint lies in the user's cache."""
     codec, trunk = _formats(checkpoint, codec, trunk)
     if model is not None:
-        file = f"-{checkpoint.stem}" if is_gguf(checkpoint) else ""
+        inside = checkpoint.relative_to(model.folder).with_suffix("") if is_gguf(checkpoint) else None
+        file = f"-{'--'.join(inside.parts)}" if inside else ""  # folders may hold files of the same name
         name = f"{model.name.replace('/', '--')}{file}-{model.commit[:12]}"
     else:
         resolved = checkpoint.resolve()

@@ -159,6 +159,15 @@ def test_a_branch_that_moves_after_the_look_up_changes_nothing(asked, monkeypatc
     assert gguf_hub.find_cached(NAME, None, "Q8_0") == model
 
 
+def test_files_of_the_same_name_in_two_folders_have_stores_of_their_own(asked, repository, tmp_path):
+    asked.models[NAME], found = tmp_path, []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.gguf").write_bytes((repository / "tiny-Q4_K_M.gguf").read_bytes())
+        found.append(loading.find_store(f"{NAME}/{folder}/same.gguf"))
+    assert "-a--same-" in found[0].name and "-b--same-" in found[1].name
+
+
 def test_what_cannot_fit_or_be_read_is_refused_by_its_header(asked):
     assert "budget is 200 MB, but this model needs at least" in refusal(loading.find_store, NAME, ram=200_000_000)
     assert "GGUF" in refusal(loading.find_store, f"{NAME}:IQ1_S")
