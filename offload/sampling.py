@@ -118,14 +118,15 @@ class Sampler:
             seen = np.fromiter(self._seen, np.int64, len(self._seen))
             before, scores = scores[seen], scores.copy()
             scores[seen] = np.where(before < 0, before * rules.repetition_penalty, before / rules.repetition_penalty)
-        if rules.temperature == 0:
+        temperature = np.float32(rules.temperature)
+        if temperature == 0:
             return np.array([scores.argmax()]), np.ones(1, np.float32)
         ids = np.arange(len(scores))
         if 0 < rules.top_k < len(scores):
             ids = np.flatnonzero(scores >= np.partition(scores, -rules.top_k)[-rules.top_k])
             scores = scores[ids]
         with np.errstate(over="ignore"):
-            weights = np.exp((scores - scores.max()) / np.float32(rules.temperature))
+            weights = np.exp((scores - scores.max()) / temperature)
         if rules.top_p < 1:
             total = weights.sum(dtype=np.float64)
             # Together, those below this weight are less than what top_p leaves out: they need not be sorted.
