@@ -13,8 +13,8 @@ limited   Decode in a memory cgroup of 60, 40 and 25 % of the model (the GGUF fi
           and once at the machine's own setting where that differs. pocketmoe is given `ram=` the size of the cgroup.
           The GGUF file leaves the page cache before each run, so that its pages are charged to the cgroup. Needs root;
           is skipped with a reason otherwise.
-stock     transformers in bfloat16 all in memory, and with accelerate's disk offload of the decoder layers, which keeps
-          the page cache of the whole machine: more than a fair limit would leave it. pocketmoe for the same number of
+stock     transformers in bfloat16 all in memory, and with accelerate's disk offload of the decoder layers: with the
+          whole machine's page cache, and in a cgroup of 40 % of its checkpoint. pocketmoe for the same number of
           layers: all in RAM, and with slots for 40 % of the experts (direct reads, so without the page cache).
 
 Every measurement is a fresh process with `--threads` threads; the engines take turns within a round, because the
@@ -46,7 +46,7 @@ from pocketmoe.offload.disk_speed import direct_read_rate
 from pocketmoe.offload.manifest import Manifest
 
 from . import machine
-from .comparison_report import LIMITED_SLOTS, ratios, table
+from .comparison_report import ACCELERATE, ACCELERATE_LIMITED, LIMITED_SLOTS, ratios, table
 from .llama_cpp import CMAKE_FLAGS, PACKAGE, BuildError, cache_folder, driver_path
 from .shapes import SHAPES, VOCABULARY
 from .synthesize import synthesize
@@ -197,7 +197,12 @@ class Comparison:
         self.ours(
             {**what, "engine": "pocketmoe"}, "pocketmoe", paths["store"], "uniform", (PROMPT, 8, self.options.tokens)
         )
-        self.ours({**what, "engine": "accelerate disk"}, "accelerate", paths["hf"], "uniform", (0, 3, 8), offload)
+        self.ours({**what, "engine": ACCELERATE}, "accelerate", paths["hf"], "uniform", (0, 3, 8), offload)
+        if not machine.why_no_cgroup():
+            limit = int(SHARE * sum(file.stat().st_size for file in paths["hf"].iterdir()))
+            with machine.Cgroup("pocketmoe-bench", limit) as group:
+                what_limited = {**what, "engine": ACCELERATE_LIMITED, "limit": limit}
+                self.ours(what_limited, "accelerate", paths["hf"], "uniform", (0, 1, 3), offload, cgroup=group)
         slots = ("--slots", str(round(SHARE * experts)))
         counts = (0, self.options.warm, self.options.limited_tokens)
         self.ours({**what, "engine": LIMITED_SLOTS}, "pocketmoe", paths["store"], "uniform", counts, slots)
