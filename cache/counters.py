@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
 
 from .expert import Lookup
+from .json_fields import of_kind
 
 Note = tuple[int, Lookup, int, int, float, float]
 """What one layer did: the arguments of `RunStats.record`."""
@@ -112,6 +113,5 @@ def check(layer: int, c: LayerStats, record_bytes: int) -> None:
 
 
 def filled(kind: type[Counters], data: dict[str, Any]) -> Counters:
-    counters = kind(**{f.name: data[f.name] for f in fields(kind)})
-    assert all(type(value) in (int, float) for value in values_of(counters)), f"not numbers: {counters}"
-    return counters
+    """What `asdict` gave. Raises LookupError, TypeError or ValueError when it is something else."""
+    return kind(**{f.name: of_kind(f.name, data[f.name], type(f.default)) for f in fields(kind)})

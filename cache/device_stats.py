@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .json_fields import of_kind
+
 
 @dataclass(slots=True)
 class DeviceLayerStats:
@@ -64,6 +66,10 @@ class DeviceStats:
         self.copy_s += other.copy_s
 
     @property
+    def layers(self) -> int:
+        return len(self.per_layer)
+
+    @property
     def bytes_copied(self) -> int:
         return (self.total("copied") + self.total("admitted")) * self.record_bytes
 
@@ -101,11 +107,18 @@ class DeviceStats:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DeviceStats:
-        """What `to_dict` gave. Raises LookupError or TypeError when it is something else."""
-        out = cls(len(data["per_layer"]), data["record_bytes"], data["slots"], data["link_peak"])
+        """What `to_dict` gave. Raises LookupError, TypeError or ValueError when it is something else."""
+        kinds = {"record_bytes": int, "slots": int, "link_peak": float, "copies": int, "copy_s": float}
+        if data["link_peak"] is None:
+            del kinds["link_peak"]
+        found = {name: of_kind(name, data[name], kind) for name, kind in kinds.items()}
+        out = cls(len(data["per_layer"]), found["record_bytes"], found["slots"], found.get("link_peak"))
         names = [f.name for f in fields(DeviceLayerStats)]
-        out.per_layer = [DeviceLayerStats(**{n: int(counters[n]) for n in names}) for counters in data["per_layer"]]
-        out.copies, out.copy_s = data["copies"], data["copy_s"]
+        out.per_layer = [
+            DeviceLayerStats(**{name: of_kind(name, counters[name], int) for name in names})
+            for counters in data["per_layer"]
+        ]
+        out.copies, out.copy_s = found["copies"], found["copy_s"]
         return out
 
 

@@ -113,7 +113,7 @@ def _times(run: Report, other: Report) -> tuple[tuple[str, ...], ...]:
     )
 
 
-_NAMES = ("model", "store", "budget", "slots", "policy", "codec", "io", "kernels", "prefetch", "finished")
+_NAMES = ("model", "store", "budget", "slots", "policy", "codec", "io", "kernels", "prefetch")
 
 
 def _settings(report: Report) -> list[str]:
@@ -124,10 +124,16 @@ def _settings(report: Report) -> list[str]:
         budget and format_bytes(budget),
         tier["slots"] and f"{tier['slots']:,}",
         *(settings[name] for name in ("policy", "codec", "io", "kernels")),
-        f"{report['prefetch']['issued']:,} guesses",
-        date(report["finished_at"]),
+        _prefetch(report),
     )
     return [str(value or "-") for value in values]
+
+
+def _prefetch(report: Report) -> str | None:
+    """How it stood at the end, without the numbers of its tests, which are never those of another run."""
+    if not report["prefetch"]["issued"]:
+        return None
+    return (report["prefetch"]["state"] or "On").partition(" after ")[0].lower()
 
 
 def date(finished_at: float | None) -> str:

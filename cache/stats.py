@@ -19,19 +19,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from .counters import LayerStats, Note, PhaseStats, Step, check, copied, count, filled, outstanding
+from .counters import LayerStats, Note, PhaseStats, Step, check, copied, count, outstanding
 from .device_stats import DeviceStats
 from .expert import ExpertId, Lookup
 from .history import History
+from .saved_stats import DAMAGED, DESCRIPTION, FORMAT_VERSION, MOST_STEPS, read_saved
+from .whole_file import replacing
 
 Phase = Literal["prompt", "answer"]
 Outcome = Literal["useful", "late", "wasted", "cancelled"]
-FORMAT_VERSION = 2
-MOST_STEPS = 1024  # of answers, whose pace is kept
-_DESCRIPTION = (
-    *("slots", "total_experts", "ram_budget_bytes", "peak_rss_bytes", "time_to_first_token_s", "finish_reason"),
-    *("model", "codec", "policy", "io", "kernels", "store", "prefetch", "finished_at"),
-)
 
 
 @dataclass
@@ -257,7 +253,7 @@ class RunStats:
                 self.device.merge(theirs.device)
             self._waited, self._missing = self.answer.stall_s, self.answer.missing
             peaks = [peak for peak in (self.peak_rss_bytes, theirs.peak_rss_bytes) if peak is not None]
-            for name in _DESCRIPTION:
+            for name in DESCRIPTION:
                 if getattr(theirs, name) is not None:
                     setattr(self, name, getattr(theirs, name))
             self.peak_rss_bytes = max(peaks, default=None)
@@ -316,7 +312,7 @@ class RunStats:
         seconds = run.prompt.seconds + run.answer.seconds
         return {
             "version": FORMAT_VERSION,
-            **{name: getattr(run, name) for name in ("layers", "record_bytes", *_DESCRIPTION)},
+            **{name: getattr(run, name) for name in ("layers", "record_bytes", *DESCRIPTION)},
             **totals,
             "hit_rate": _ratio(totals["hits"], totals["requests"]),
             "answer_hit_rate": _ratio(run.answer.hits, run.answer.requests),
@@ -334,11 +330,10 @@ class RunStats:
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_dict()`, pace, uses, residents and history as JSON, all or nothing: under a temporary name first,
-        then renamed; readable by its owner only. Raises OSError."""
+        """Write `to_dict()`, pace, uses, residents and history as JSON, all or nothing, readable by its owner only.
+        Raises OSError."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         run = self.snapshot()
         data = {
             **run.to_dict(),
@@ -347,40 +342,17 @@ class RunStats:
             "residents": None if run.residents is None else sorted(run.residents),
             "history": None if run.history is None else run.history.to_dict(),
         }
-        try:
-            with open(partial, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-                json.dump(data, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps(data).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunStats:
         """Read what `save` wrote. Raises OSError, or ValueError with one sentence when it holds something else."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["version"] != FORMAT_VERSION:
-                raise ValueError(f"version {data['version']!r} instead of {FORMAT_VERSION}")
-            run = cls(
-                layers=data["layers"],
-                record_bytes=data["record_bytes"],
-                **{name: data.get(name) for name in _DESCRIPTION},
-                read_busy_s=data["read_busy_s"],
-                read_wait_s=data["read_wait_s"],
-                per_layer=[filled(LayerStats, counters) for counters in data["per_layer"]],
-                prompt=filled(PhaseStats, data["phases"]["prompt"]),
-                answer=filled(PhaseStats, data["phases"]["answer"]),
-                pace=deque((Step(*step) for step in data["pace"]), maxlen=MOST_STEPS),
-                uses=Counter({ExpertId(layer, index): count for layer, index, count in data["uses"]}),
-                residents=data["residents"] and [ExpertId(*expert) for expert in data["residents"]],
-                device=data["device"] and DeviceStats.from_dict(data["device"]),
-                history=data["history"] and History.from_dict(data["history"]),
-            )
+            run = cls(**read_saved(Path(path)))
             run.check()
             return run
-        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+        except DAMAGED as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{path} does not hold statistics of pocketmoe ({reason}): delete it and run again."

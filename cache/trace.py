@@ -33,6 +33,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from .whole_file import replacing
+
 FORMAT, VERSION = "pocketmoe-trace", 1
 PREFILL, DECODE = 0, 1
 _BROKEN = (zipfile.BadZipFile, zlib.error, struct.error)
@@ -138,21 +140,21 @@ class TraceWriter:
         self.tokens += tokens
 
     def close(self) -> None:
-        """Write the file, all or nothing: under a temporary name first, then renamed. Raises OSError."""
+        """Write the file, all or nothing, readable by its owner only. Raises OSError."""
         if not self._columns:
             return
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as file:
+            with (
+                replacing(self.path) as whole,
+                zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as file,
+            ):
                 with file.open("meta.npy", "w") as member:
                     np.lib.format.write_array(member, np.array(self._meta), allow_pickle=False)
                 for name, column in self._columns.items():
                     if name != "guesses" or self._guessed:
                         with file.open(f"{name}.npy", "w", force_zip64=True) as member:
                             column.copy_to(member, self.tokens)
-            partial.replace(self.path)
         finally:
-            partial.unlink(missing_ok=True)
             for column in self._columns.values():
                 column.spool.close()
             self._columns = {}

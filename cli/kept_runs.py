@@ -31,7 +31,7 @@ def keep_run(stats: RunStats) -> Path:
         DataError: they were not written.
     """
     folder, now = runs_folder(), time.time()
-    store = hashlib.sha256((stats.store or "").encode()).hexdigest()[:8]
+    store = hashlib.sha256(os.fsencode(stats.store or "")).hexdigest()[:8]
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now)) + f"-{int(now % 1 * 1000):03}"
     path = folder / f"{stamp}-{os.getpid()}-{store}.json"
     stats.finished_at = now

@@ -214,6 +214,32 @@ def test_a_file_of_something_else_is_refused_in_one_sentence_with_its_name(tmp_p
 
 
 @pytest.mark.parametrize(
+    "damage",
+    [
+        *({"finished_at": value} for value in ("yesterday", float("nan"), float("inf"), 1e300, -1, 10**400)),
+        *({"time_to_first_token_s": value} for value in ("soon", float("nan"), True)),
+        *({"slots": value} for value in ("9", 9.5)),
+        {"model": 5},
+        {"read_busy_s": "1"},
+        {"uses": [[-1, 0, 4], [1, 0, 4]]},
+        {"residents": [[9, 0]]},
+        {"residents": [[0, "0"]]},
+        {"pace": [[0.1, float("nan"), 1]]},
+        {"history": {"layers": 3, "top_k": 1, "experts": ""}},
+    ],
+    ids=str,
+)
+def test_a_field_of_another_kind_or_out_of_range_is_refused(tmp_path, damage):
+    path = tmp_path / "last.json"
+    a_run().save(path)
+    data = json.loads(path.read_text())
+    assert damage.keys() <= data.keys()
+    path.write_text(json.dumps(data | damage))
+    with pytest.raises(ValueError, match="does not hold statistics"):
+        RunStats.load(path)
+
+
+@pytest.mark.parametrize(
     ("count", "text"),
     [
         (0, "0 bytes"),

@@ -15,6 +15,8 @@ import pocketmoe.cli.demo as demo_command
 import pocketmoe.cli.kept_runs as kept_runs
 import pocketmoe.cli.loading as loading
 import pytest
+from pocketmoe.cache.past_runs import comparison
+from pocketmoe.cache.report import report
 from pocketmoe.cache.stats import RunStats
 from pocketmoe.cli.main import app
 from pocketmoe.offload.errors import DataError, UsageError
@@ -228,11 +230,11 @@ def test_statistics_of_past_runs_are_kept_for_their_owner_and_an_empty_run_is_no
 
 def test_of_each_store_the_oldest_runs_make_room(models, monkeypatch, tmp_path):
     monkeypatch.setattr(kept_runs, "MOST_RUNS", 2)
-    for store in ("a", "b", "a", "a"):
+    for store in ("a", os.fsdecode(b"\xff"), "a", "a"):  # a path need not be UTF-8
         run = fakes_cli.FakeModel("fake", {}).stats()
         run.store = store
         kept_runs.keep_run(run)
-    assert [RunStats.load(path).store for path in kept_runs.kept_runs()] == ["a", "a", "b"]
+    assert [RunStats.load(path).store for path in kept_runs.kept_runs()] == ["a", "a", os.fsdecode(b"\xff")]
 
 
 def test_a_state_folder_that_cannot_be_written_does_not_spoil_the_answer(models, tmp_path):
@@ -337,6 +339,22 @@ def test_runs_are_listed_and_two_of_them_compared(models):
     both = json.loads(invoke("stats", "1", "--against", "2", "--json").stdout)
     assert [both[name]["sample"]["answer_tokens"] for name in ("run", "against")] == [3, 1]
     assert invoke("stats", "1", "--list").exit_code == UsageError.exit_code
+    assert "What was set otherwise" not in compared
+
+
+def test_what_was_set_otherwise_is_settings_and_not_their_outcome():
+    def reported(finished_at: float, guesses: int, state: str | None) -> dict[str, Any]:
+        run = fakes_cli.FakeModel("fake", {}).stats()
+        run.finished_at, run.prefetch = finished_at, state
+        run.record_prefetch(0, issued=guesses)
+        return report(run, replays=False)
+
+    first, second = reported(0.0, 3, None), reported(1e9, 4, "On after 2 tests on and off: 7 % saved.")
+    third = reported(1e9, 4, "Switched itself off after 1 test on and off: 3 % lost.")
+    assert comparison(first, second)[-1].title != "What was set otherwise"
+    section = comparison(second, third)[-1]
+    assert section.table is not None
+    assert section.table.rows == (("prefetch", "on", "switched itself off"),)
 
 
 def test_the_version_is_printed():

@@ -22,9 +22,9 @@ ORDER = {
         "triton_kernels linear triton_linear"
     ),
     "cache": (
-        "expert units order published forecast analog hybrid policy manager trace history replay "
-        "counters device_stats cost advice machine routing strategies simulate verdict report sections "
-        "report_text charts report_html stats past_runs answer_line self_test"
+        "expert units json_fields whole_file order published forecast analog hybrid policy manager trace history "
+        "replay counters device_stats saved_stats cost advice machine routing strategies simulate verdict report "
+        "sections report_text charts report_html stats past_runs answer_line self_test"
     ),
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (

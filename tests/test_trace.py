@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,8 @@ def test_the_file_appears_only_with_close_and_nothing_else_is_left(tmp_path):
     writer.close()
     writer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["run.npz"]
+    if os.name == "posix":  # the tokens in it can be read as text
+        assert stat.S_IMODE((tmp_path / "run.npz").stat().st_mode) == 0o600
 
 
 def test_rows_of_another_shape_are_refused(tmp_path):
