@@ -87,7 +87,7 @@ def usual_contexts(context: int | None, longest: int) -> list[int]:
 def first_that_fits(
     contexts: list[int], needs_of: Callable[[int], memory.Needs], plan: Callable[[memory.Needs], Plans]
 ) -> Plans:
-    """The plans for the first context that they can be made for. Raises the MemoryBudgetError of the first of all."""
+    """The plans for the first context that they can be made for. Raises the MemoryBudgetError of the last of all."""
     refusal = None
     for context in contexts:
         needs = needs_of(context)
@@ -96,7 +96,7 @@ def first_that_fits(
             if context != contexts[0]:  # not so close that what libraries load later would not fit
                 plan(needs._replace(program=needs.program + GROWTH))
         except MemoryBudgetError as error:
-            refusal = refusal or error
+            refusal = error  # the shortest context needs the least
         else:
             return plans
     assert refusal is not None
