@@ -87,7 +87,7 @@ def bench(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help=f"What `run` takes. To simulate: {', '.join(SHAPES)}; default {SIMULATED}.",
             show_default=False,
         ),

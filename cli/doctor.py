@@ -28,7 +28,7 @@ def examine(store: Path | None) -> list[Row]:
 def doctor(
     store: Annotated[
         Path | None,
-        typer.Argument(metavar="[STORE]", help="Also measure the disk that holds this store.", show_default=False),
+        typer.Argument(metavar="STORE", help="Also measure the disk that holds this store.", show_default=False),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -97,7 +97,7 @@ class LoadOptions:
     ] = None
     trunk: Annotated[
         str | None,
-        typer.Option(help="Format of the other large matrices, likewise. Default: int8-g32."),
+        typer.Option(help="Format of the other large matrices, likewise. Default: int8-g32; keep with bf16, f16, f32."),
     ] = None
     revision: Revision = None
     keep_source: KeepSource = True
