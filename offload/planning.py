@@ -92,13 +92,11 @@ def first_that_fits(
     for context in contexts:
         needs = needs_of(context)
         try:
-            plans = plan(needs)
             if context != contexts[0]:  # not so close that what libraries load later would not fit
                 plan(needs._replace(program=needs.program + GROWTH))
+            return plan(needs)
         except MemoryBudgetError as error:
             refusal = error  # the shortest context needs the least
-        else:
-            return plans
     assert refusal is not None
     raise refusal
 

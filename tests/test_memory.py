@@ -9,6 +9,7 @@ from pocketmoe.cache.units import parse_bytes
 from pocketmoe.offload import memory
 from pocketmoe.offload.errors import MemoryBudgetError
 from pocketmoe.offload.memory import Needs, adjust, make_plan
+from pocketmoe.offload.planning import first_that_fits
 
 MB = 1_000_000
 NEEDS = Needs(
@@ -65,6 +66,18 @@ def test_a_refusal_suggests_a_shorter_context_where_that_would_do():
     assert suggested, refused.value
     shorter = int(suggested[1])
     assert make_plan(needs._replace(kv=needs.kv * shorter // needs.context, context=shorter), 800 * MB).slots >= 60
+
+
+def test_where_no_usual_context_fits_the_refusal_is_that_of_the_shortest_and_its_budget_is_accepted():
+    def needs_of(context: int) -> Needs:
+        return NEEDS._replace(kv=100_000 * context, context=context)
+
+    with pytest.raises(MemoryBudgetError, match="for 1,024 tokens") as refused:
+        first_that_fits([4096, 1024], needs_of, lambda needs: make_plan(needs, 600 * MB))
+    suggested = re.search(r"--ram (\S+B)", str(refused.value))
+    assert suggested, refused.value
+    found = first_that_fits([4096, 1024], needs_of, lambda needs: make_plan(needs, parse_bytes(suggested[1])))
+    assert found.needs.context == 1024
 
 
 def test_an_automatic_budget_leaves_memory_to_others_and_says_so(monkeypatch):
