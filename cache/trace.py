@@ -27,13 +27,12 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from errno import EISDIR
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from .whole_file import replacing
+from .whole_file import replacing, require_writable
 
 FORMAT, VERSION = "pocketmoe-trace", 1
 PREFILL, DECODE = 0, 1
@@ -97,8 +96,7 @@ class TraceWriter:
         with_ids: bool = False,
     ) -> None:
         self.path = Path(path)
-        if self.path.is_dir():
-            raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
+        require_writable(self.path)
         meta = {"layers": layers, "experts": experts, "top_k": top_k, "model": model}
         self._meta = json.dumps({"format": FORMAT, "version": VERSION, **meta})
         index = np.dtype("u1" if experts <= np.iinfo("u1").max else "<u2")

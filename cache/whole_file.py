@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EACCES, EISDIR, ENOTDIR
 from pathlib import Path
 from typing import IO
+
+
+def require_writable(path: Path) -> None:
+    """Raises OSError when `replacing` it can not work: there is no such folder, it may not be written to, or `path` is
+    a folder itself."""
+    folder = path.parent
+    if not stat.S_ISDIR(folder.stat().st_mode):
+        _refuse(ENOTDIR, folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        _refuse(EACCES, folder)
+    if path.is_dir():
+        _refuse(EISDIR, path)
+
+
+def _refuse(code: int, path: Path) -> None:
+    raise OSError(code, os.strerror(code), str(path))
 
 
 @contextmanager

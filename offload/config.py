@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from ..cache.units import parse_bytes
+from ..cache.whole_file import require_writable
 from .errors import UsageError, require_known
 from .packed_scheme import AWQ, GPTQ, read_scheme
 
@@ -92,7 +94,21 @@ class OffloadConfig:
             value = getattr(config, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} must be a positive whole number, not {value!r}")
+        config._check_trace()
         return config
+
+    def _check_trace(self) -> None:
+        """Raises UsageError, before any download or conversion, for what would be one after it."""
+        if self.trace is None:
+            if self.trace_tokens:
+                raise UsageError("trace_tokens needs a trace: name its file, as --trace FILE")
+            return
+        try:
+            require_writable(Path(self.trace))
+        except OSError as error:
+            raise UsageError(f"trace: {self.trace} cannot be written: {error.strerror or error}") from None
+        except TypeError:
+            raise UsageError(f"trace must be a file's name, not {self.trace!r}") from None
 
 
 def kept_codec(quantization: Any) -> str | None:

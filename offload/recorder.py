@@ -117,11 +117,8 @@ class NoRecorder:
 
 
 def make_recorder(path: str | None, manifest: Manifest, with_ids: bool = False) -> Recorder:
-    """A recorder to `path`, or the null twin for None. Raises UsageError when the file cannot be written, and when
-    there is none for the token ids that were asked for."""
+    """A recorder to `path`, or the null twin for None. Raises UsageError when the file cannot be written."""
     if path is None:
-        if with_ids:
-            raise UsageError("trace_tokens needs a trace: name its file, as --trace FILE")
         return NoRecorder()
     layers = manifest.layers
     top_k = max(layer.top_k for layer in layers)

@@ -9,6 +9,7 @@ import torch
 from pocketmoe.cache.policy import policy_names
 from pocketmoe.cache.replay import Requests, replay
 from pocketmoe.cache.trace import DECODE, PREFILL, TraceWriter, read_trace
+from pocketmoe.offload import loading
 from pocketmoe.offload.errors import DataError, UsageError
 from pocketmoe.offload.loading import load
 from pocketmoe.offload.recorder import RoutingRecorder
@@ -113,10 +114,14 @@ def test_layers_that_choose_fewer_experts_are_filled_up(tmp_path):
     assert Requests(trace).total == 3
 
 
-def test_a_trace_that_cannot_be_written_is_refused_before_the_model_is_loaded(store, tmp_path):
-    for path in (tmp_path, tmp_path / "no" / "folder.npz"):
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_converted(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "find_store", lambda *_: pytest.fail("nothing is to be converted yet"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "no" / "folder.npz", tmp_path / "file" / "run.npz", "n" * 300 + "/run.npz"):
         with pytest.raises(UsageError, match=r"^trace: .* cannot be written: "):
             load(store, ram="4GB", trace=str(path))
+    with pytest.raises(UsageError, match="trace_tokens needs a trace"):
+        load(store, trace_tokens=True)
 
 
 def test_a_trace_that_can_no_longer_be_written_is_an_error_at_the_end(store, tmp_path):
