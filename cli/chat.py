@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from ..offload.naming import exists
 from .loading import opened
 from .options import HideThinking, LoadOptions, ModelArgument, SamplingOptions, StatsOption, SystemOption
 from .session import Session
@@ -29,4 +30,4 @@ def chat(
 
 def display_name(model: str) -> str:
     """The last part of a path, or the hub's name."""
-    return Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
+    return Path(model).expanduser().resolve().name if exists(Path(model).expanduser()) else model

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..offload.errors import DataError, UsageError
+from ..offload.naming import exists
 
 if TYPE_CHECKING:
     from ..cache.stats import RunStats
@@ -60,9 +61,10 @@ def find_run(name: str | None) -> Path:
         DataError: nothing has been kept yet.
         UsageError: the list is shorter.
     """
-    if name is not None and (not name.isdecimal() or Path(name).exists()):
+    if name is not None and (not name.isdecimal() or exists(Path(name))):
         return Path(name)
-    number, runs = int(name or 1), kept_runs()
+    runs = kept_runs()
+    number = int((name or "1")[:9])  # of more digits is none
     if not 1 <= number <= len(runs):
-        raise UsageError(f"There is no run {number}: `pocketmoe stats --list` has 1 to {len(runs)}.")
+        raise UsageError(f"There is no run {name}: `pocketmoe stats --list` has 1 to {len(runs)}.")
     return runs[number - 1]

@@ -10,6 +10,7 @@ import typer
 
 from ..cache.units import format_bytes, parse_bytes
 from ..offload.errors import MemoryBudgetError, UsageError
+from ..offload.naming import locate
 from .console import without_controls
 from .options import Codec, Trunk
 
@@ -22,7 +23,8 @@ _WIDTH = 80
 
 
 def make_survey(model: str, **options: Any) -> Survey:
-    """`pocketmoe.offload.survey.survey`, imported late because `--help` needs none of it."""
+    """`pocketmoe.offload.survey.survey`, imported late because `--help`, and a name of nothing, need none of it."""
+    locate(model)
     from ..offload.survey import survey
 
     return survey(model, **options)

@@ -41,6 +41,8 @@ def run_apart(
     arguments: dict[str, Any],
     on_progress: OnProgress | None = None,
     on_notice: OnNotice | None = None,
+    what: str = "the call",
+    resumes: bool = False,
 ) -> Any:
     """`function(**arguments, on_progress=..., on_notice=...)` in a process of its own.
 
@@ -49,6 +51,8 @@ def run_apart(
     Args:
         function: "module:name", importable with this process's `sys.path`.
         arguments: what JSON can hold.
+        what: what the function does, for the sentence about a child that was killed: "the conversion".
+        resumes: whether it goes on where it was when it is called again.
 
     Returns:
         Its result as JSON can hold it; a path as text.
@@ -89,7 +93,7 @@ def run_apart(
             raise getattr(errors, kind, PocketMoEError)(text)
         case {"bug": text, "traceback": trace}:
             raise RuntimeError(text) from ChildTraceback(trace)
-    raise _killed(child.returncode)
+    raise _killed(child.returncode, what, resumes)
 
 
 def python_command(program: str) -> list[str]:
@@ -112,14 +116,14 @@ def _end(child: subprocess.Popen[str]) -> None:
             child.wait()
 
 
-def _killed(code: int) -> PocketMoEError:
-    again = "what was done is kept; run the same command again"
+def _killed(code: int, what: str, resumes: bool) -> PocketMoEError:
+    again = f"{'what was done is kept; ' if resumes else ''}run the same command again"
     if code == -getattr(signal, "SIGKILL", 9):
         return MemoryBudgetError(
-            f"the conversion's process was killed, as systems do when memory runs out; {again} with more memory free"
+            f"{what}'s process was killed, as systems do when memory runs out; {again} with more memory free"
         )
     reason = f"by signal {-code}" if code < 0 else f"with exit status {code}"
-    return PocketMoEError(f"the conversion's process ended early {reason}; {again}")
+    return PocketMoEError(f"{what}'s process ended early {reason}; {again}")
 
 
 def main() -> None:

@@ -58,4 +58,5 @@ def find_demo_store(
     if is_built(dest, version):
         return dest
     request = {"dest": str(dest), "wheel": None if wheel is None else str(wheel), "ram": left_for_child(ram)}
-    return Path(run_apart(f"{__package__}.demo:build_demo", request, on_progress, on_notice))
+    watch = on_progress, on_notice
+    return Path(run_apart(f"{__package__}.demo:build_demo", request, *watch, "the conversion", resumes=True))

@@ -191,7 +191,8 @@ class HubSource(CheckpointSource):
         sizes, model = {file: self.model.weights[file] for file in files}, self.model
         into = None if folder is None else str(folder)
         request = {"name": model.name, "revision": model.commit, "files": sizes, "folder": into}
-        run_apart(f"{hub.__name__}:fetch", request, self._on_progress, self._on_notice)
+        watch = self._on_progress, self._on_notice
+        run_apart(f"{hub.__name__}:fetch", request, *watch, "the download", resumes=True)
 
     def download(self) -> None:
         """Fetch all that is missing into the hub's cache."""

@@ -22,9 +22,9 @@ from .config import DEFAULT_CODEC, MXFP4, OffloadConfig, default_trunk, kept_cod
 from .errors import DataError, UsageError
 from .gguf_file import is_gguf, keeping_codec, read_gguf
 from .hub import HubModel
-from .hub_name import parse_name
 from .manifest import is_store, read_identity
 from .memory import left_for_child
+from .naming import locate
 from .source import OnNotice, OnProgress
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def find_store(
     request = {"path": str(local), "dest": str(dest), "codec": codec, "trunk": trunk, "ram": left_for_child(ram)}
     if model is not None:
         request |= {"model": asdict(model), "keep_source": keep_source, "to_run": to_run}
-    return Path(run_apart(f"{__name__}:convert_checkpoint", request, on_progress, on_notice))
+    watch = on_progress, on_notice
+    return Path(run_apart(f"{__name__}:convert_checkpoint", request, *watch, "the conversion", resumes=True))
 
 
 def convert_model(
@@ -202,17 +203,11 @@ def _resolve(
     The hub is asked unless what its cache has of the model is enough. A branch or tag that is named is always looked up
     where that is allowed: it may have moved.
     """
-    local = Path(path).expanduser()
-    if local.exists():
+    local, named = locate(str(path))
+    if named is None:
         if revision is not None:
             raise UsageError(f"{local} is a local path, which has no revisions; leave out --revision {revision}")
         return local, None
-    named = parse_name(str(path))
-    if named is None:
-        raise DataError(
-            f"there is no file or directory {local}; give a store, a checkpoint directory, a GGUF file, or a model on "
-            "the Hugging Face Hub as ORGANISATION/NAME, or as ORGANISATION/NAME:Q4_K_M for one of its GGUF files"
-        )
     name, wanted = named
     model, may_be_here = None, revision is None or hub.is_commit(revision) or hub.is_offline()
     if may_be_here:
@@ -221,13 +216,14 @@ def _resolve(
             return gguf.first_file, gguf
     if not wanted and (model is None or not is_enough(model)):
         request = {"name": name, "revision": revision}
-        model = HubModel(**run_apart(f"{hub.__name__}:look_up", request, on_progress, on_notice))
+        model = HubModel(**run_apart(f"{hub.__name__}:look_up", request, on_progress, on_notice, "the lookup"))
     if model is not None and model.folder:
         return Path(model.folder), model
     if not for_gguf.pop("keep_source"):
         raise UsageError(f"{name} holds GGUF files, which stay in the hub's cache; leave out --no-keep-source")
     request = {"name": name, "revision": revision, "wanted": wanted, **for_gguf}
-    gguf = HubModel(**run_apart(f"{gguf_hub.__name__}:fetch_gguf", request, on_progress, on_notice))
+    fetch = f"{gguf_hub.__name__}:fetch_gguf"
+    gguf = HubModel(**run_apart(fetch, request, on_progress, on_notice, "the download", resumes=True))
     return gguf.first_file, gguf
 
 

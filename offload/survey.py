@@ -23,7 +23,7 @@ from .errors import MemoryBudgetError, UsageError
 from .estimate import Rates
 from .gguf_file import is_gguf, read_gguf
 from .gguf_tokenizer import write_tokenizer
-from .hub_name import parse_name
+from .naming import locate
 from .outline import Outline, read_outline
 from .outlook import Change, Fit, Machine, changes, fit
 from .placement import CUDA_CONTEXT
@@ -114,8 +114,8 @@ def survey(
 @contextmanager
 def _located(model: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """What `read_outline` is to read, and how: of a model on the hub its config, or the header of its GGUF file."""
-    path, named = Path(model).expanduser(), parse_name(model)
-    if path.exists() or named is None:
+    path, named = locate(model)
+    if named is None:
         yield path, {}
         return
     name, wanted = named
@@ -123,7 +123,7 @@ def _located(model: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         cached = hub.find_cached(name)
         config = cached and str(Path(cached.folder, CONFIG))
         if cached is None and gguf_hub.find_cached(name, None, wanted) is None:
-            config = run_apart(f"{hub.__name__}:fetch_config", {"name": name})
+            config = run_apart(f"{hub.__name__}:fetch_config", {"name": name}, what="the lookup")
         if config is not None:
             yield Path(config).parent, {"name": name}
             return
@@ -132,7 +132,7 @@ def _located(model: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         return
     with tempfile.TemporaryDirectory(prefix="pocketmoe-") as folder:
         request = {"name": name, "revision": None, "wanted": wanted, "folder": folder}
-        found = run_apart(f"{gguf_hub.__name__}:fetch_headers", request)
+        found = run_apart(f"{gguf_hub.__name__}:fetch_headers", request, what="the lookup")
         path = Path(found["path"])
         yield path, {"name": f"{name}/{path.name}", "sizes": {Path(p).name: n for p, n in found["sizes"].items()}}
 

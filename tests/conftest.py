@@ -82,7 +82,7 @@ def here(monkeypatch):
 
     from pocketmoe.offload import hub_source, loading, survey
 
-    def run(function, arguments, on_progress=None, on_notice=None):
+    def run(function, arguments, on_progress=None, on_notice=None, *_what, **_named):
         module, _, name = function.partition(":")
         call = getattr(importlib.import_module(module), name)
         return json.loads(json.dumps(call(**arguments, on_progress=on_progress, on_notice=on_notice), default=str))

@@ -67,12 +67,11 @@ def test_a_bug_arrives_with_the_childs_traceback():
 
 @posix
 def test_a_child_that_is_killed_or_leaves_is_one_sentence():
-    with pytest.raises(
-        MemoryBudgetError, match="was killed, as systems do when memory runs out; what was done is kept"
-    ):
-        run_apart("fakes_apart:die", {"number": signal.SIGKILL})
+    killed = "^the sum's process was killed, as systems do when memory runs out; run the same command again with more"
+    with pytest.raises(MemoryBudgetError, match=killed):
+        run_apart("fakes_apart:die", {"number": signal.SIGKILL}, what="the sum")
     with pytest.raises(PocketMoEError, match="ended early by signal 15; what was done is kept"):
-        run_apart("fakes_apart:die", {"number": signal.SIGTERM})
+        run_apart("fakes_apart:die", {"number": signal.SIGTERM}, resumes=True)
     with pytest.raises(PocketMoEError, match="ended early with exit status 7"):
         run_apart("fakes_apart:leave", {})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -287,7 +288,7 @@ def test_verify_lists_the_problems_and_leaves_with_3_only_when_there_are_any(mon
 
 
 def test_stats_without_a_run_says_where_they_would_be(models, tmp_path):
-    for arguments in (["stats"], ["stats", "--list"], ["stats", "1"]):
+    for arguments in (["stats"], ["stats", "--list"], ["stats", "1"], ["stats", "9" * 300]):
         result = invoke(*arguments)
         assert result.exit_code == DataError.exit_code
         assert str(tmp_path) in result.stderr
@@ -304,7 +305,8 @@ def test_stats_prints_the_report_of_the_latest_run_or_of_another_as_text_json_or
     assert "\x1b" not in text
     latest, first = kept_runs.kept_runs()
     assert invoke("stats", str(first)).stdout == text
-    assert "has 1 to 2" in invoke("stats", "3").stderr
+    for beyond in ("3", "9" * 300, "9" * 5000):
+        assert "has 1 to 2" in invoke("stats", beyond).stderr
     assert json.loads(invoke("stats", "--json").stdout)["format"] == "pocketmoe-report"
     page = tmp_path / "report.html"
     written = invoke("stats", "--html", str(page))
@@ -355,6 +357,15 @@ def test_what_was_set_otherwise_is_settings_and_not_their_outcome():
     section = comparison(second, third)[-1]
     assert section.table is not None
     assert section.table.rows == (("prefetch", "on", "switched itself off"),)
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "bench"])
+@pytest.mark.parametrize("model", ["n" * 300, "~nobody-of-this-name/store", "/no/such/path"])
+def test_a_name_of_nothing_is_one_sentence_before_torch_is_imported(command, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pocketmoe.offload.survey", None)  # it imports torch
+    result = invoke(command, model, *(["hi"] if command == "run" else []))
+    assert result.exit_code == DataError.exit_code
+    assert "there is no file or directory" in result.stderr
 
 
 def test_the_version_is_printed():

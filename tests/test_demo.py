@@ -310,7 +310,7 @@ def test_build_from_a_given_wheel_leaves_a_good_store_and_no_second_copy(wheel, 
 
 def test_a_finished_store_is_found_without_a_process_of_its_own(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_store, "recipe_version", lambda: 99)
-    monkeypatch.setattr(demo_store, "run_apart", lambda function, request, *_: f"{function} {request['dest']}")
+    monkeypatch.setattr(demo_store, "run_apart", lambda function, request, *_, **__: f"{function} {request['dest']}")
     place = tmp_path / "cache" / "models" / "smollm2-135m-moe-8x-v99"
     assert str(demo_store.find_demo_store()) == f"pocketmoe.offload.demo:build_demo {place}"
     build_demo(wheel=wheel)
