@@ -33,9 +33,13 @@ class MachineOptions:
     link: Annotated[
         str | None, typer.Option(help="Links of the GPU by comma, as pcie4x8, or all. Default: the machine's.")
     ] = None
-    vram: Annotated[str | None, typer.Option(help="Of the GPU, as 8GiB. Default: the machine's, here and below.")] = (
-        None
-    )
+    vram: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the GPU, as 8GiB. To measure: its budget, where there is a GPU. "
+            "Default: the machine's, here and below."
+        ),
+    ] = None
     ram: Annotated[
         str | None, typer.Option(help="Of the machine, as 32GiB. To measure: budgets by comma. Default: three of use.")
     ] = None
@@ -46,7 +50,7 @@ class MachineOptions:
     def amounts(self, name: str) -> list[int]:
         """The bytes of an option that may hold several, by comma."""
         try:
-            return [parse_bytes(part) for part in (getattr(self, name) or "").split(",") if part.strip()]
+            return [] if (text := getattr(self, name)) is None else [parse_bytes(part) for part in text.split(",")]
         except ValueError as error:
             raise UsageError(f"--{name}: {error}") from None
 
@@ -100,8 +104,10 @@ def bench(
     tokens: Annotated[
         int | None, typer.Option(min=2, help="Tokens to decode. Default: 128 for each answer, 1000 to simulate.")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each prompt.")] = Measuring.prompt_tokens,
-    rounds: Annotated[int, typer.Option(min=1, help="Answers to measure.")] = Measuring.rounds,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=2, help=f"Tokens of each prompt. Default: {Measuring.prompt_tokens}.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help=f"Answers to measure. Default: {Measuring.rounds}.")] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Tokens that the KV cache has room for. Default: 8192 to simulate.")
     ] = None,
@@ -127,13 +133,19 @@ def bench(
         if given := [name for name, value in ignored.items() if value is not None]:
             raise UsageError(f"--{given[0]} is for --simulate: what is measured is this machine.")
         vram = machine.amounts("vram")
-        what = Measuring(machine.amounts("ram"), vram[0] if vram else None, context, prompt_tokens)
-        data = measure(model, replace(what, tokens=tokens or what.tokens, rounds=rounds))
+        if len(vram) > 1:
+            raise UsageError("--vram is one budget where a model is measured; only --ram takes several.")
+        what = Measuring(machine.amounts("ram"), next(iter(vram), None), context)
+        counts = {"prompt_tokens": prompt_tokens, "tokens": tokens, "rounds": rounds}
+        data = measure(model, replace(what, **{name: count for name, count in counts.items() if count is not None}))
         if json:
             print(jsonlib.dumps(data))
         else:
             print_table(data)
     else:
+        for name, value in (("prompt-tokens", prompt_tokens), ("rounds", rounds)):
+            if value is not None:
+                raise UsageError(f"--{name} is for measuring a model: leave it out, or leave out --simulate.")
         _simulate(machine, model or SIMULATED, trace, tokens or 1000, context or 8192, recall, gpu_finds_hits, json)
 
 

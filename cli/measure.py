@@ -10,7 +10,7 @@ from textwrap import wrap
 from typing import Any
 
 from ..cache.units import as_option, format_bytes
-from ..offload.errors import MemoryBudgetError
+from ..offload.errors import MemoryBudgetError, PocketMoEError
 from .chat import display_name
 from .console import say
 from .progress import StageProgress
@@ -52,13 +52,13 @@ def measure(model: str, what: Measuring) -> dict[str, Any]:
 
     Raises:
         UsageError, DataError, MemoryBudgetError: as `load` does; a budget that is too small is only said when others
-            are not.
+            are not, and so is any error once something has been measured.
     """
     with StageProgress() as progress:
-        watch: dict[str, Callable[..., None]] = {"on_progress": progress.update, "on_notice": progress.notice}
+        watch: dict[str, Any] = {"on_progress": progress.update, "on_notice": progress.notice}
         store = find_store(model, ram=max(what.ram, default=None), **watch)
         of_all = {"store": str(store), "budgets": list(what.ram), "context": what.context, "vram": what.vram}
-        expected = run_apart(f"{_BENCHMARK}:expect", of_all, **watch)
+        expected = run_apart(f"{_BENCHMARK}:expect", of_all, what="the plan", **watch)
         results, refusals = [], []
         counts = {"prompt_tokens": what.prompt_tokens, "tokens": what.tokens, "warmup": what.warmup}
         for number, planned in enumerate(expected["planned"], 1):
@@ -67,8 +67,10 @@ def measure(model: str, what: Measuring) -> dict[str, Any]:
             options = {"ram": planned["ram_budget_bytes"], "context": what.context, "vram": what.vram}
             request = {"store": str(store), "options": options, "rounds": what.rounds, **counts}
             try:
-                measured = run_apart(f"{_BENCHMARK}:measure", request, **watch)
-            except MemoryBudgetError as error:
+                measured = run_apart(f"{_BENCHMARK}:measure", request, what="the measurement", **watch)
+            except PocketMoEError as error:
+                if not (results or isinstance(error, MemoryBudgetError)):
+                    raise
                 refusals.append(error)
                 continue
             results.append(

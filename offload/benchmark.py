@@ -41,6 +41,7 @@ def expect(
 
     Args:
         budgets: of RAM in bytes; none = those for SHARES of the experts, as far as the machine goes.
+        vram: of this machine's GPU, in bytes; nothing where it has none.
 
     Returns:
         "rates" in bytes per second; "formats" of experts and trunk, "total" bytes; "planned": for each budget its
@@ -49,10 +50,11 @@ def expect(
     Raises:
         MemoryBudgetError: no budget was given, and not even all that is free suffices.
     """
+    from .device import default_device
     from .outlook import fit
     from .survey import survey
 
-    found = survey(Path(store), context=context, vram=vram)
+    found = survey(Path(store), context=context, vram=None if default_device() == "cpu" else vram)
     if not budgets:
         if found.fit is None:
             raise MemoryBudgetError(found.refusal)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tiny
-from pocketmoe.offload import survey
+from pocketmoe.offload import device, survey
 from pocketmoe.offload.benchmark import expect, measure
 
 
@@ -19,9 +19,11 @@ def test_answers_of_the_length_asked_for_are_measured_and_the_warm_up_is_not(tmp
         assert 0 < rates["min"] <= rates["median"] <= rates["max"]
     assert 0 < found["hit_rate"] <= 1
 
-    surveyed = survey.survey(store)
-    monkeypatch.setattr(survey, "survey", lambda *_args, **_options: surveyed)
-    planned = expect(store, [])["planned"]
+    surveyed, asked = survey.survey(store), []
+    monkeypatch.setattr(survey, "survey", lambda *_args, vram, **_options: asked.append(vram) or surveyed)
+    monkeypatch.setattr(device, "default_device", lambda: "cpu")
+    planned = expect(store, [], vram=10**9)["planned"]
+    assert asked == [None]  # the plan, too, is for the machine as it is
     budgets = [one["ram_budget_bytes"] for one in planned]
     assert budgets == sorted(set(budgets)) and all(one["tokens_per_second"] > 0 for one in planned)
     [refused] = expect(store, [10**8])["planned"]

@@ -12,7 +12,7 @@ from pocketmoe.cache.machine import LINKS, MACHINES
 from pocketmoe.cache.strategies import strategy_names
 from pocketmoe.cli import measure
 from pocketmoe.cli.main import app
-from pocketmoe.offload.errors import MemoryBudgetError
+from pocketmoe.offload.errors import DataError, MemoryBudgetError
 from test_simulate import trace_of
 from typer.testing import CliRunner, Result
 
@@ -84,6 +84,11 @@ def test_prefetch_and_a_gpu_that_finds_its_hits_reach_the_simulation():
         (["store", "--machine", "laptop-8gb"], 2, "--machine is for --simulate"),
         (["store", "--recall", "0.5"], 2, "--recall is for --simulate"),
         (["store", "--ram", "1GB,much"], 2, "--ram: 'much' is not an amount"),
+        (["store", "--ram", ""], 2, "--ram: '' is not an amount"),
+        (["store", "--ram", ","], 2, "--ram: '' is not an amount"),
+        (["store", "--vram", "1GB,2GB"], 2, "--vram is one budget"),
+        (["--simulate", "--rounds", "5"], 2, "--rounds is for measuring"),
+        (["--simulate", "--prompt-tokens", "7"], 2, "--prompt-tokens is for measuring"),
         (["gpt-oss-20", "--simulate"], 2, "did you mean 'gpt-oss-20b'?"),
         (["--simulate", "--machine", "laptop"], 2, "unknown machine 'laptop'"),
         (["--simulate", "--link", "pcie4x8,agp"], 2, "--link: 'agp' is not a link: write pcie3, pcie4 or pcie5"),
@@ -123,6 +128,8 @@ def measured(monkeypatch):
             return {"rates": rates, "formats": formats, "hit_curve": "recorded decodes", "planned": planned}
         if arguments["options"]["ram"] < 10**9:
             raise MemoryBudgetError("the budget is too small")
+        if arguments["options"]["ram"] == 7 * 10**9:
+            raise DataError("a record is damaged")
         spread = {"median": 12.3, "min": 11.9, "max": 12.7, "each": [11.9, 12.3, 12.7]}
         return {
             "ram_budget_bytes": 1, "slots": 3000, "experts": 6144, "kernels": "native-avx2", "policy": "forecast",
@@ -146,6 +153,13 @@ def test_a_model_is_measured_at_each_budget_beside_the_plan(measured, tmp_path):
     assert [r["ram_budget_bytes"] for r in data["results"]] == [6 * 10**9, 12 * 10**9]
     assert (data["results"][0]["planned_tokens_per_second"], data["results"][0]["planned_hit_rate"]) == (11.5, 0.81)
     assert [(call["function"], call.get("tokens")) for call in measured] == [("expect", None)] + [("measure", 64)] * 3
+
+
+def test_an_error_at_a_later_budget_does_not_discard_what_was_measured(measured, tmp_path):
+    result = invoke(tmp_path, "--ram", "6GB,7GB", "--json")
+    assert (result.exit_code, len(json.loads(result.stdout)["results"])) == (0, 1)
+    assert "left out: a record is damaged" in result.stderr
+    assert invoke(tmp_path, "--ram", "7GB,6GB").exit_code == DataError.exit_code
 
 
 def test_the_table_says_what_was_measured_on_what_in_80_columns(measured, tmp_path):
