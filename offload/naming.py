@@ -17,7 +17,12 @@ def exists(path: Path) -> bool:
 
 
 def locate(model: str) -> tuple[Path, tuple[str, str] | None]:
-    """The path, and None if there is something; else `hub_name.parse_name` of it. Raises DataError when it is neither."""
+    """The path, and None if there is something; else what `parse_name` makes of it.
+
+    Raises:
+        DataError: it is neither.
+        UsageError: see `parse_name`.
+    """
     try:
         path = Path(model).expanduser()
     except RuntimeError:  # of a user that is not
