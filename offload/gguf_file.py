@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MAX_DIMS = 4
+_MAX_DIMS, _COUNTS_END = 4, 1 << 31
 _MAX_VALUE, _MAX_HEADER = 64 << 20, 256 << 20
 """Bytes of one string or list of metadata, and of all that precedes the tensors' data. Vocabularies of 262,144 tokens
 with their merges take 20 MB."""
@@ -64,7 +65,7 @@ class GgufFile:
         return str(self.fields.get("general.architecture", "?"))
 
     def field(self, key: str, default: Any = None) -> Any:
-        """A value of the architecture's own: `field("block_count")` is `llama.block_count` in a llama file.
+        """A value of the architecture's own: `field("rope.scaling.type")` is `llama.rope.scaling.type` in a llama file.
 
         Raises:
             DataError: there is none, and no default.
@@ -75,6 +76,46 @@ class GgufFile:
                 f"{self.path} has no metadata {self.architecture}.{key}; it was written by a wrong converter"
             )
         return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """The same of a whole number, which is positive, or 0 if that is its default; of a list for each layer, the
+        number that is in all of it.
+
+        Raises:
+            DataError: it is none.
+        """
+        value, least = self.field(key, default), 0 if default == 0 else 1
+        values: list[Any] = value if isinstance(value, list) and value else [value]
+        if any(type(one) is not int or not least <= one < _COUNTS_END for one in values):
+            raise self.wrong(key, value, f"a whole number from {least}")
+        if len(set(values)) > 1:
+            raise DataError(f"{self.path} has layers of different {key}, which is not supported")
+        return values[0]
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """The same of a number, which is positive, or 0 if that is its default, to the six digits that were meant by a
+        float32."""
+        value = self.field(key, default)
+        if type(value) not in (int, float) or not (0 < value < inf or value == default):
+            raise self.wrong(key, value, "a positive number")
+        return decimal(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """The same of yes or no."""
+        value = self.field(key, default)
+        if type(value) is not bool:
+            raise self.wrong(key, value, "true or false")
+        return value
+
+    def wrong(self, key: str, value: Any, wanted: str) -> DataError:
+        """What to raise for a value that is not what was wanted."""
+        its = f"{self.path}: metadata {self.architecture}.{key} is {reprlib.repr(value)}"
+        return DataError(f"{its}, expected {wanted}; it was written by a wrong converter")
+
+
+def decimal(value: float) -> float:
+    """The decimal number that was meant by a float32."""
+    return float(f"{value:.6g}")
 
 
 def is_gguf(path: Path) -> bool:
@@ -99,7 +140,10 @@ def read_gguf(path: Path, sizes: Mapping[str, int] | None = None) -> GgufFile:
             if name in tensors:
                 raise DataError(f"tensor {name} is in both {tensors[name].path} and {place.path}")
             tensors[name] = place
-    if (count := fields.get("split.count") or 1) != len(parts):
+    count = fields.get("split.count", 0)
+    if not isinstance(count, int):
+        raise DataError(f"{path}: metadata split.count is {reprlib.repr(count)}, expected a whole number")
+    if (count or 1) != len(parts):
         raise DataError(f"{path} is one of {count} files, but not named NAME-00001-of-{count:05d}.gguf: rename it back")
     return GgufFile(path, parts, fields, tensors)
 

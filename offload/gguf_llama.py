@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from .errors import DataError
-from .gguf_config import decimal
-from .gguf_file import read_gguf
+from .gguf_file import decimal, read_gguf
 from .gguf_tensor import GgufTensor, unpermute
 from .gguf_tokenizer import write_tokenizer
 

@@ -136,7 +136,7 @@ class GgufSource:
     def _trunk_tensors(self) -> Iterator[tuple[str, tuple[list[Place], Callable[..., torch.Tensor]]]]:
         """What each trunk parameter is made of, and how."""
         architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == self._file.architecture)
-        names = get_tensor_name_map(architecture, self._file.field("block_count"))
+        names = get_tensor_name_map(architecture, self._file.count("block_count"))
         heads = {"q": self.config["num_attention_heads"], "k": self.config["num_key_value_heads"]}
         for name in self.skeleton.trunk_names():
             source = self._source_name(names, name)

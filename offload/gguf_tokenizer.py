@@ -13,8 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from .errors import DataError
-from .gguf_config import decimal
-from .gguf_file import GgufFile
+from .gguf_file import GgufFile, decimal
 from .source import OnNotice
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -91,7 +90,7 @@ def write_tokenizer(file: GgufFile, dest: Path, on_notice: OnNotice = lambda _: 
     tokenizer.save(str(dest / "tokenizer.json"), pretty=False)
     config: dict[str, Any] = special | {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": file.field("context_length"),
+        "model_max_length": file.count("context_length"),
         "clean_up_tokenization_spaces": False,
     }
     if template := file.fields.get("tokenizer.chat_template"):
