@@ -71,6 +71,12 @@ def write_tokenizer(file: GgufFile, dest: Path, on_notice: OnNotice = lambda _: 
     kind, tokens = file.fields.get("tokenizer.ggml.model"), file.fields.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise DataError(f"{file.path} has no tokenizer")
+    for name, kind_of in (("tokens", str), ("merges", str), ("token_type", int)):
+        values = file.fields.get(f"tokenizer.ggml.{name}", [])
+        if not isinstance(values, list) or not all(isinstance(value, kind_of) for value in values):
+            raise DataError(
+                f"{file.path} has a damaged tokenizer: tokenizer.ggml.{name} is no list of {kind_of.__name__}"
+            )
     special = {}
     for role, field in _ROLES.items():
         index = file.fields.get(f"tokenizer.ggml.{field}_token_id")

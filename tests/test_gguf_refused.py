@@ -20,6 +20,7 @@ from pocketmoe.offload.errors import DataError
 from pocketmoe.offload.gguf_config import model_config
 from pocketmoe.offload.gguf_file import header_length, read_gguf
 from pocketmoe.offload.gguf_source import GgufSource
+from pocketmoe.offload.gguf_tokenizer import write_tokenizer
 from pocketmoe.offload.loading import convert_checkpoint
 from test_gguf import finish, mixed, small_model, write_tensors
 
@@ -69,6 +70,9 @@ def test_metadata_of_a_wrong_kind_are_named_with_their_value(tmp_path):
             assert reprlib.repr(value) in str(error.value)
     other = replace(file, fields=file.fields | {"tokenizer.ggml.bos_token_id": "x", "llama.rope.scaling.type": "none"})
     assert model_config(other)["bos_token_id"] is None
+    for key, value in (("tokens", [1]), ("merges", "a b"), ("token_type", ["1"])):
+        with pytest.raises(DataError, match=rf"damaged tokenizer: tokenizer\.ggml\.{key} is no list of"):
+            write_tokenizer(replace(file, fields=file.fields | {f"tokenizer.ggml.{key}": value}), tmp_path)
     writer = gguf.GGUFWriter(tmp_path / "split.gguf", "llama")
     writer.add_string("split.count", "two")
     finish(writer)
