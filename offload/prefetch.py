@@ -188,9 +188,9 @@ class Prefetcher:
             pass
 
     def forget(self) -> None:
-        for expert in self._flying:
+        while self._flying:  # one by one: a second Ctrl-C must not have any counted twice
+            expert, _ = self._flying.popitem()
             self._stats.record_prefetch(expert.layer, outcome="cancelled")
-        self._flying.clear()
 
     def _land(self, expert: ExpertId) -> None:
         ticket = self._flying.pop(expert)

@@ -85,7 +85,8 @@ class ThreadedTransfers:
         self._idle: deque[Ticket] = deque()
         self._running_demand = 0
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
+        self._work = threading.Condition(self._lock)  # always `notify_all`: `notify` that a Ctrl-C cuts short leaves
+        # the waiter that it has woken in the list, and the next one would take it for the reader it is to wake
         self._finished = threading.Condition(self._lock)
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=f"reader-{i}", daemon=True) for i in range(readers)]
@@ -97,7 +98,7 @@ class ThreadedTransfers:
         with self._lock:
             assert not self._closed, f"{expert} is asked for after close"
             self._queue_of(ticket).append(ticket)
-            self._work.notify()
+            self._work.notify_all()
         return ticket
 
     def promote(self, ticket: Ticket) -> None:
@@ -106,7 +107,7 @@ class ThreadedTransfers:
                 self._queue_of(ticket).remove(ticket)
                 ticket.demand = True
                 self._demand.append(ticket)
-                self._work.notify()  # guesses may have left readers idle
+                self._work.notify_all()  # guesses may have left readers idle
 
     def cancel(self, ticket: Ticket) -> bool:
         with self._lock:
@@ -159,7 +160,7 @@ class ThreadedTransfers:
                 self._running_demand -= not guessed
                 self._finished.notify_all()
                 if (guessed and self._ahead) or self._idle:
-                    self._work.notify()
+                    self._work.notify_all()
 
     def _next_queue(self) -> deque[Ticket] | None:
         if self._demand:

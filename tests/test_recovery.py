@@ -17,6 +17,7 @@ from pocketmoe.offload.runtime import Assignment, ExpertRuntime
 from pocketmoe.offload.tiers import RamSlots
 from pocketmoe.offload.transfer import ThreadedTransfers
 from pocketmoe.offload.warm_start import WarmStart
+from test_prefetch import ManualTransfers
 
 SLOTS = LAYERS * TOP_K + 1
 BOOKING = ("offload.reads", "offload.prefetch", "offload.warm_start")
@@ -109,6 +110,26 @@ def test_an_interrupted_recovery_is_made_up_for_before_the_next_forward(monkeypa
         world.cache.check_integrity(idle=True)
     world.forward()
     world.settle()
+    world.runtime.close()
+
+
+def test_forgetting_guesses_that_is_interrupted_and_done_again_counts_none_twice(monkeypatch):
+    world = World("analog")
+    stats, ahead = world.runtime.stats, Prefetcher(world.cache, world.slots, ManualTransfers(), world.runtime.stats)
+    world.runtime.prefetch.drain()
+    ahead.request(1, [2, 3, 4])
+    count = stats.record_prefetch
+
+    def interrupted_behind(layer, outcome):
+        count(layer, outcome=outcome)
+        interrupted()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stats, "record_prefetch", interrupted_behind)
+        with pytest.raises(KeyboardInterrupt):
+            ahead.forget()
+    ahead.forget()
+    assert stats.total("prefetch_cancelled") == stats.total("prefetch_issued") == 3
     world.runtime.close()
 
 

@@ -278,3 +278,18 @@ def test_an_idle_read_does_not_begin_beside_another_one(threaded, demand):
     again = transfers.fetch(C, view(), demand=False, idle=True)
     reader.gate.set()
     finish(transfers, ticket, again)
+
+
+def test_a_waiter_that_an_interrupted_notify_left_behind_wakes_nobody_in_place_of_a_reader(threaded):
+    transfers = threaded(FakeReader())
+    while not transfers._work._waiters:  # the reader is about to wait
+        pass
+    with transfers._lock:
+        stale = threading.Lock()
+        stale.acquire()
+        transfers._work._waiters.appendleft(stale)
+    ticket = transfers.fetch(A, view(), demand=True)
+    waiting = threading.Thread(target=transfers.wait_any, args=([ticket],), daemon=True)
+    waiting.start()
+    waiting.join(1)
+    assert ticket.done
