@@ -182,8 +182,8 @@ class ExpertRuntime:
     @property
     def may_run_alone(self) -> bool:
         """Whether kernels may run whole layers for a token whose experts they find in the table. Nothing may arrive or
-        leave meanwhile, and nothing be waiting for what a layer chooses."""
-        return self.table is not None and self.prefetch.idle
+        leave meanwhile, nothing be waiting for what a layer chooses, and no interruption be left to recover from."""
+        return self.table is not None and self.in_order and self.prefetch.idle
 
     @recovering
     def note_layers(self, layers: Sequence[tuple[int, list[int], float]], begin: float) -> None:

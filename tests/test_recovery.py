@@ -11,7 +11,7 @@ from pocketmoe.cache.expert import ExpertId
 from pocketmoe.cache.manager import ExpertCache
 from pocketmoe.cache.policy import get_policy, policy_names
 from pocketmoe.cache.stats import RunStats
-from pocketmoe.offload.prefetch import Prefetcher
+from pocketmoe.offload.prefetch import NoPrefetch, Prefetcher
 from pocketmoe.offload.ram_table import RamTable
 from pocketmoe.offload.runtime import Assignment, ExpertRuntime
 from pocketmoe.offload.tiers import RamSlots
@@ -105,6 +105,8 @@ def test_an_interrupted_recovery_is_made_up_for_before_the_next_forward(monkeypa
         patch.setattr(world.cache, "recover", interrupted)
         with pytest.raises(KeyboardInterrupt):
             world.run(0, (0, 1), guess=(2, 3))
+        patch.setattr(world.runtime, "prefetch", NoPrefetch())
+        assert not world.runtime.may_run_alone
     world.kernels.interrupt = False
     with pytest.raises(AssertionError, match="are arriving"):
         world.cache.check_integrity(idle=True)
