@@ -31,10 +31,13 @@ class ReadObserver(Protocol):
 class Ticket:
     """One read. `done` becomes true when the bytes are there or `error` says why not."""
 
-    __slots__ = ("ahead", "cancelled", "demand", "done", "error", "expert", "idle", "started", "view")
+    __slots__ = ("ahead", "cancelled", "demand", "done", "error", "expert", "fill", "idle", "started", "view")
 
-    def __init__(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False) -> None:
-        self.expert, self.view, self.demand, self.idle = expert, view, demand, idle
+    def __init__(
+        self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False, fill: bool = False
+    ) -> None:
+        self.expert, self.view = expert, view
+        self.demand, self.idle, self.fill = demand, idle, fill
         self.ahead = not demand  # began as a guess, even if it is waited for by now
         self.started = self.done = self.cancelled = False
         self.error: BaseException | None = None
@@ -43,9 +46,10 @@ class Ticket:
 class Transfers(Protocol):
     """The contract that `ThreadedTransfers` and its synchronous twin share."""
 
-    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False) -> Ticket:
+    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False, fill: bool = False) -> Ticket:
         """Start to read a record into `view`. Demand reads go before prefetches, and those before idle reads, which
-        begin one at a time and only while nothing else is read."""
+        begin one at a time and only while nothing else is read; reads that `fill` free slots are idle, and behind all
+        others, because they are many and none of them is wanted soon."""
         ...
 
     def promote(self, ticket: Ticket) -> None:
@@ -83,6 +87,7 @@ class ThreadedTransfers:
         self._demand: deque[Ticket] = deque()
         self._ahead: deque[Ticket] = deque()
         self._idle: deque[Ticket] = deque()
+        self._fill: deque[Ticket] = deque()
         self._running_demand = 0
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # always `notify_all`: `notify` that a Ctrl-C cuts short leaves
@@ -93,8 +98,8 @@ class ThreadedTransfers:
         for thread in self._threads:
             thread.start()
 
-    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False) -> Ticket:
-        ticket = Ticket(expert, view, demand, idle)
+    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False, fill: bool = False) -> Ticket:
+        ticket = Ticket(expert, view, demand, idle, fill)
         with self._lock:
             assert not self._closed, f"{expert} is asked for after close"
             self._queue_of(ticket).append(ticket)
@@ -159,7 +164,7 @@ class ThreadedTransfers:
                 self._running_ahead -= guessed
                 self._running_demand -= not guessed
                 self._finished.notify_all()
-                if (guessed and self._ahead) or self._idle:
+                if (guessed and self._ahead) or self._idle or self._fill:
                     self._work.notify_all()
 
     def _next_queue(self) -> deque[Ticket] | None:
@@ -169,16 +174,20 @@ class ThreadedTransfers:
             return None
         if self._ahead:
             return self._ahead
-        return self._idle if self._idle and not self._running_demand and not self._running_ahead else None
+        if self._running_demand or self._running_ahead:
+            return None
+        return self._idle or self._fill or None
 
     def _drop_waiting(self) -> None:
-        for queue in (self._demand, self._ahead, self._idle):
+        for queue in (self._demand, self._ahead, self._idle, self._fill):
             for ticket in queue:
                 ticket.cancelled = True
             queue.clear()
 
     def _queue_of(self, ticket: Ticket) -> deque[Ticket]:
-        return self._demand if ticket.demand else self._idle if ticket.idle else self._ahead
+        if ticket.demand:
+            return self._demand
+        return self._fill if ticket.fill else self._idle if ticket.idle else self._ahead
 
 
 def _read(reader: Reader, observer: ReadObserver, ticket: Ticket) -> None:
@@ -198,8 +207,8 @@ class SyncTransfers:
     def __init__(self, reader: Reader, observer: ReadObserver) -> None:
         self._reader, self._observer = reader, observer
 
-    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False) -> Ticket:
-        ticket = Ticket(expert, view, demand, idle)
+    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False, fill: bool = False) -> Ticket:
+        ticket = Ticket(expert, view, demand, idle, fill)
         ticket.started = True
         _read(self._reader, self._observer, ticket)
         ticket.done = True

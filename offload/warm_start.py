@@ -38,7 +38,7 @@ class WarmStart:
             places[expert] = admission.slot
         for expert in chosen:
             view = self._slots.view(places[expert])
-            self._flying[expert] = self._transfers.fetch(expert, view, demand=False, idle=True)
+            self._flying[expert] = self._transfers.fetch(expert, view, demand=False, fill=True)
         self._done = True  # until slots are freed
 
     @property

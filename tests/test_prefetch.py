@@ -23,8 +23,8 @@ class ManualTransfers:
         self.tickets: dict[ExpertId, Ticket] = {}
         self.waits = 0
 
-    def fetch(self, expert, view, demand, idle=False):
-        self.tickets[expert] = Ticket(expert, view, demand, idle)
+    def fetch(self, expert, view, demand, idle=False, fill=False):
+        self.tickets[expert] = Ticket(expert, view, demand, idle, fill)
         return self.tickets[expert]
 
     def begin(self, *indices, layer=1):

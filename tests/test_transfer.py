@@ -266,6 +266,15 @@ def test_idle_reads_begin_only_while_nothing_else_is_asked_for(busy):
     assert reader.order == [D, C, B, A]
 
 
+def test_idle_guesses_do_not_wait_for_all_slots_to_be_filled(busy):
+    reader, transfers, ticket = busy
+    filling = [transfers.fetch(expert, view(), demand=False, fill=True) for expert in (A, B)]
+    guess = transfers.fetch(C, view(), demand=False, idle=True)
+    reader.gate.set()
+    finish(transfers, ticket, guess, *filling)
+    assert reader.order == [D, C, A, B]
+
+
 @pytest.mark.parametrize("demand", [True, False])
 def test_an_idle_read_does_not_begin_beside_another_one(threaded, demand):
     reader = FakeReader(gated=[D])

@@ -112,7 +112,7 @@ MANY = [ExpertId(layer, index) for index in range(5) for layer in (1, 0)]
 def test_as_many_as_fit_are_read_the_most_wanted_first_and_leave_last():
     bench = Bench(*MANY)
     assert list(bench.transfers.tickets) == MANY[:CAPACITY]
-    assert all(ticket.idle and not ticket.demand for ticket in bench.transfers.tickets.values())
+    assert all(ticket.fill and not ticket.demand for ticket in bench.transfers.tickets.values())
     bench.transfers.finish(*range(3), layer=0)
     bench.transfers.finish(*range(3), layer=1)
     bench.warm.settle(0, {0})
