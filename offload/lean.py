@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ class LeanDecoder:
 
     def step(self, token: int, position: int, cache: DynamicCache) -> torch.Tensor:
         """The logits [vocabulary] after one more token, whose key and value are added to a cache that is in use."""
-        runtime = self._runtime
+        runtime, began = self._runtime, time.perf_counter()
         self._embed.run(token, self.x)
         self._angles.turn_to(position)
         guessing = runtime.wants_guesses
@@ -73,23 +73,22 @@ class LeanDecoder:
             state.guess = ctypes.addressof(layer.guess) if guessing and layer.guess else None
         at = 0
         while at < len(self._layers):
-            begin = time.perf_counter()
             reached = self._native.run(at, runtime.may_run_alone)
-            self._note(at, reached, begin, guessing)
+            self._note(at, reached, began, guessing)
             if reached < len(self._layers):
-                self._layers[reached].run_experts(guessing)
+                self._layers[reached].run_experts(guessing, began)
             at = reached + 1
         return self._head.run(self.delta, self.x)
 
-    def _note(self, first: int, end: int, begin: float, guessing: bool) -> None:
-        """Do the books of the layers first..end - 1, which have run by themselves since `begin`."""
+    def _note(self, first: int, end: int, began: float, guessing: bool) -> None:
+        """Do the books of the layers first..end - 1, which have run by themselves, of a step since `began`."""
         alone = [
             (layer.site, layer.record(guessing), seconds)
             for layer, seconds in zip(self._layers[first:end], self._native.seconds[first:end], strict=True)
             if layer.site is not None
         ]
         if alone:
-            self._runtime.note_layers(alone, begin)
+            self._runtime.note_layers(alone, began)
 
 
 def _guesses(layers: list[LayerParts]) -> list[tuple[Norm, Router] | None]:
@@ -146,11 +145,12 @@ class _Layer:
         self._runtime.recorder.record_token(self.site, experts, self.weights, self.guess[:] if guessing else ())
         return experts
 
-    def run_experts(self, guessing: bool) -> None:
+    def run_experts(self, guessing: bool, began: float) -> None:
         """What comes after the attention half, read if necessary."""
         assert self.site is not None
         work = Assignment.of_token(self.record(guessing))
-        outputs = self._runtime.run_experts(self.site, self._hidden, work, self.guess[:] if guessing else ())
+        guess = self.guess[:] if guessing else ()
+        outputs = self._runtime.run_experts(self.site, self._hidden, work, guess, began)
         self._pool.combine(outputs, self._places, self.weights, self._out)
         if self._mlp is not None:
             self._mlp.run(self._hidden, self._out, add=True)
@@ -345,7 +345,7 @@ def check(decoder: LeanDecoder, model: Any, runtime: ExpertRuntime) -> float:
         output = model(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=cache)
         return output.logits[0, -1]
 
-    def simple_experts(_layer: int, hidden: torch.Tensor, work: Assignment, _guess: Sequence[int]) -> torch.Tensor:
+    def simple_experts(_layer: int, hidden: torch.Tensor, work: Assignment, *_: object) -> torch.Tensor:
         scale = torch.zeros(len(work.rows))
         for expert, start, end in zip(work.experts, work.starts, work.starts[1:], strict=False):
             scale[start:end] = (1 + expert) / (1 + work.experts[-1])

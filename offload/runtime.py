@@ -157,19 +157,22 @@ class ExpertRuntime:
         return self.predictor is not None and (total is None or len(self.cache) < total) and self.self_test.on
 
     @recovering
-    def run_experts(self, layer: int, hidden: torch.Tensor, work: Assignment, guess: Sequence[int]) -> torch.Tensor:
+    def run_experts(
+        self, layer: int, hidden: torch.Tensor, work: Assignment, guess: Sequence[int], began: float | None = None
+    ) -> torch.Tensor:
         """Each chosen expert's output for each of its tokens.
 
         Args:
             hidden: float32 [T, H], contiguous.
             guess: experts of the next layer to read ahead.
+            began: when the token's step began, if that is known; else, a token begins with its first such layer.
 
         Returns:
             float32 [R, H], by row of `work`, unweighted.
         """
         begin = time.perf_counter()
         single = hidden.shape[0] == 1
-        wanted, late, ahead = self._ask(layer, work.experts, single, begin)
+        wanted, late, ahead = self._ask(layer, work.experts, single, begin if began is None else began)
         parts = torch.empty(len(work.rows), hidden.shape[1])
         if wanted.misses or guess:
             compute_s = self._compute_and_read(layer, wanted, guess, hidden, work, parts)
@@ -186,27 +189,27 @@ class ExpertRuntime:
         return self.table is not None and self.in_order and self.prefetch.idle
 
     @recovering
-    def note_layers(self, layers: Sequence[tuple[int, list[int], float]], begin: float) -> None:
+    def note_layers(self, layers: Sequence[tuple[int, list[int], float]], began: float) -> None:
         """Do the books of layers that a token went through alone.
 
         Args:
             layers: in their order: layer, experts ascending, the kernels' seconds.
-            begin: when the token came to the first of them.
+            began: when the token's step began.
         """
         for layer, experts, compute_s in layers:
             start = time.perf_counter()
-            wanted, late, ahead = self._ask(layer, experts, True, begin)
+            wanted, late, ahead = self._ask(layer, experts, True, began)
             assert not wanted.misses, (layer, wanted)
             self.stats.record(layer, wanted, late, ahead, compute_s, compute_s + time.perf_counter() - start)
             self._end(layer, True)
 
-    def _ask(self, layer: int, experts: list[int], single: bool, begin: float) -> tuple[Lookup, int, int]:
+    def _ask(self, layer: int, experts: list[int], single: bool, began: float) -> tuple[Lookup, int, int]:
         """Who is there, how many are on their way, and how many of those who are there came by prefetch."""
         self.prefetch.settle(layer, set(experts))
         wanted = self.cache.lookup(layer, experts, promote=single)
         late = sum(map(self.cache.is_arriving, wanted.misses))
         ahead = self.prefetch.first_uses(wanted.hits)
-        self.note_missing(layer, len(wanted.misses) + ahead, begin)
+        self.note_missing(layer, len(wanted.misses) + ahead, began)
         if single:
             self.history.record(layer, wanted.hits + wanted.misses)
         return wanted, late, ahead
@@ -217,11 +220,11 @@ class ExpertRuntime:
             if single and self.predictor is not None:
                 self.test_prefetch()
 
-    def note_missing(self, layer: int, count: int, begin: float) -> None:
-        """A layer began at `begin`; without prefetch, `count` of its experts would have to be read. For
+    def note_missing(self, layer: int, count: int, began: float) -> None:
+        """A token began at `began`; without prefetch, `count` of this layer's experts would have to be read. For
         `test_prefetch`."""
         if layer == 0:
-            self._token_began, self._missing = begin, 0
+            self._token_began, self._missing = began, 0
         self._missing += count
 
     def test_prefetch(self) -> None:

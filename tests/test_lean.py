@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pocketmoe.offload.loading import load
 from pocketmoe.offload.runtime import ExpertRuntime
 from pocketmoe.offload.store import ExpertStore
 from pocketmoe.quant.native import load_native
+from pocketmoe.quant.native_layers import NativeLayers
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 needs_native = pytest.mark.skipif(load_native() is None, reason="the native kernels are not built")
@@ -122,6 +124,27 @@ def test_steps_do_not_depend_on_cache_size_prefetch_or_read_mode(variant):
         assert torch.equal(got, want), f"logits differ with {case}"
 
 
+def when_tokens_begin(monkeypatch) -> list[bool]:
+    """Of each single token from now on: whether it counts as begun only when its first layer has."""
+    run, note_missing = NativeLayers.run, ExpertRuntime.note_missing
+    started: list[float] = []
+    late: list[bool] = []
+
+    def run_from(self, first, alone):
+        if first == 0:
+            started.append(time.perf_counter())
+        return run(self, first, alone)
+
+    def note(self, layer, count, began):
+        if layer == 0 and started:
+            late.append(began > started.pop())
+        note_missing(self, layer, count, began)
+
+    monkeypatch.setattr(NativeLayers, "run", run_from)
+    monkeypatch.setattr(ExpertRuntime, "note_missing", note)
+    return late
+
+
 @needs_native
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2"])
 def test_layers_that_run_alone_give_the_same_bits_and_the_same_books(tmp_path, monkeypatch, name):
@@ -131,9 +154,9 @@ def test_layers_that_run_alone_give_the_same_bits_and_the_same_books(tmp_path, m
     alone: list[int] = []
     note_layers = ExpertRuntime.note_layers
 
-    def note(self, layers, begin):
+    def note(self, layers, began):
         alone.append(len(layers))
-        note_layers(self, layers, begin)
+        note_layers(self, layers, began)
 
     monkeypatch.setattr(ExpertRuntime, "note_layers", note)
     for slots in (total, total - 2):
@@ -142,6 +165,7 @@ def test_layers_that_run_alone_give_the_same_bits_and_the_same_books(tmp_path, m
             with load(path, ram="4GB", context=64, slots=slots, warm_start=False) as model:
                 if not table:
                     model._runtime.table = None
+                began_late = when_tokens_begin(monkeypatch)
                 logits = step_logits(model)
                 model.check_integrity()
                 stats = model.stats(advice=True)
@@ -151,6 +175,8 @@ def test_layers_that_run_alone_give_the_same_bits_and_the_same_books(tmp_path, m
             assert torch.equal(got[0], want[0])
             assert got[1:] == want[1:]
             assert (sum(alone) > 0) is table
+            assert len(began_late) > 2
+            assert not any(began_late), "a token's time begins before its first attention, whoever runs that layer"
             if table and slots == total:
                 assert max(alone) == stats.layers  # a whole token
 
