@@ -39,21 +39,28 @@ class DeviceStats:
 
     def reset(self, layers: int | None = None) -> None:
         """Back to 0. Copies that are under way are not counted when they end."""
-        self._uncounted = 0 if layers else self.total("copied") + self.total("admitted") - self.copies
+        self._under_way = 0 if layers else self._under_way
+        self._uncounted = self._under_way
         self.per_layer = [DeviceLayerStats() for _ in range(layers or len(self.per_layer))]
         self.copies, self.copy_s = 0, 0.0
 
     def record(self, layer: int, more: DeviceLayerStats) -> None:
         """A layer is through, with all its requests."""
+        self._under_way += more.copied + more.admitted
         self.per_layer[layer] = _sum(self.per_layer[layer], more)
 
     def record_copy(self, seconds: float) -> None:
         """A copy is over; it took the link that long."""
+        self._under_way -= 1
         if self._uncounted:
             self._uncounted -= 1
             return
         self.copies += 1
         self.copy_s += seconds
+
+    def forget_copies(self) -> None:
+        """After an interruption: nobody will say when those end that are under way."""
+        self._under_way = self._uncounted = 0
 
     def snapshot(self) -> DeviceStats:
         return copy.deepcopy(self)

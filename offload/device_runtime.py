@@ -312,8 +312,7 @@ class DeviceRuntime:
         begin = self.device.clock()
         jobs = []
         for expert in experts:
-            slot = self.ram.cache.slot_of(expert)
-            assert slot is not None, expert
+            [slot] = self.ram.cache.slots_of((expert,))
             jobs.append(step.work.job(self.ram.slots.record(slot), expert.index))
         self.ram.kernels[step.layer].run(step.on_host, step.work.rows, jobs, self._from_cpu[: len(step.parts)])
         seconds = self.device.clock() - begin
@@ -392,6 +391,7 @@ class DeviceRuntime:
         self.choices.recover()
         self.cache.recover()
         self.uploads.recover(self.cache.residents())
+        self.stats.forget_copies()
         self.ram.recover()
 
     def close(self) -> None:

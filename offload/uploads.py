@@ -43,6 +43,8 @@ class Uploads:
         self._newest: dict[int, Mark] = {}
         """By slot: the copy in flight whose expert owns it; those of evicted experts arrive for nobody."""
         self._last_use: dict[int, Mark] = {}
+        self._taken: list[float] = []
+        """Seconds of copies that are over, for `settle`."""
 
     def __len__(self) -> int:
         return len(self._flying)
@@ -83,11 +85,11 @@ class Uploads:
         self._device.discard(self._slots.record(slot), () if last_use is None else (last_use,))
 
     def settle(self) -> list[float]:
-        """Let go of the sources of copies that are over, and let kernels find them; returns the seconds that each of
-        them took."""
-        taken = []
+        """Let go of the sources of copies that are over, and let kernels find them; returns the seconds that each took
+        of those that have ended since the last time."""
         while self._flying and self._flying[0].arrived.passed():
-            taken.append(self._let_go())
+            self._let_go()
+        taken, self._taken = self._taken, []
         return taken
 
     def wait_for_one(self) -> bool:
@@ -114,7 +116,7 @@ class Uploads:
             residents: those whose copies had been asked for without a failure, and their slots. Kernels find them now.
         """
         self.wait_for_all()
-        for books in (self._flying, self._arrivals, self._newest, self._last_use):
+        for books in (self._flying, self._arrivals, self._newest, self._last_use, self._taken):
             books.clear()
         self._table.replace({expert: self._slots.record(slot) for expert, slot in residents.items()})
 
@@ -135,10 +137,10 @@ class Uploads:
         self._arrivals.pop(slot, None)
         self._last_use.pop(slot, None)
 
-    def _let_go(self) -> float:
+    def _let_go(self) -> None:
         copy = self._flying.popleft()
         self._below.unlock((copy.expert,))
         if self._newest.get(copy.slot) is copy.arrived:
             del self._newest[copy.slot]
             self._table.enter(copy.expert, self._slots.record(copy.slot))
-        return copy.arrived.seconds()
+        self._taken.append(copy.arrived.seconds())

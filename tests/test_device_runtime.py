@@ -434,16 +434,25 @@ def test_slots_can_be_given_back_between_forwards():
     world.check()
 
 
-def test_statistics_that_begin_anew_while_copies_are_under_way_add_up():
+@pytest.mark.parametrize("before", ["nothing", "wait_for_one", "drain", "recover"])
+def test_statistics_that_begin_anew_while_copies_are_under_way_add_up(before):
     world = World(device=SimulatedDevice(speeds=Speeds(link=1e7)), costs=COPY_ONLY)
     for layer, index in choices(7, 6):
         world.run(layer, index)
     assert len(world.runtime.uploads)
-    world.stats.reset()
-    world.runtime.stats.reset()
+    if before == "recover":
+        world.runtime.recover()
+    elif before != "nothing":
+        getattr(world.runtime.uploads, before)()
+    for _ in range(2):
+        world.stats.reset()
+        world.runtime.stats.reset()
     for layer, index in choices(8, 6):
         world.run(layer, index)
     world.check()
+    world.runtime._settle()
+    stats = world.runtime.stats
+    assert stats.copies == stats.total("copied") + stats.total("admitted") > 0
 
 
 def test_an_error_in_a_layer_leaves_nothing_locked():
