@@ -7,7 +7,8 @@ from urllib.parse import unquote
 
 from .errors import UsageError
 
-_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+"""As `huggingface_hub` checks it: at most 96 characters each."""
 _ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(.*)")
 _AT_REVISION = re.compile(r"([^/]+/[^/]+)/(?:blob|resolve|tree)/([^/]+)(?:/(.*))?")
 _TAG = re.compile(r"[\w.-]+", re.ASCII)
@@ -16,7 +17,7 @@ GGUF = ".gguf"
 
 def is_hub_id(text: str) -> bool:
     """Whether a text can be the name of a model on the hub."""
-    return _ID.fullmatch(text) is not None and "--" not in text and ".." not in text
+    return _ID.fullmatch(text) is not None and "--" not in text and not text.endswith(".git") and ".." not in text
 
 
 def parse_name(text: str) -> tuple[str, str] | None:

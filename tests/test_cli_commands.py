@@ -360,7 +360,9 @@ def test_what_was_set_otherwise_is_settings_and_not_their_outcome():
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "bench"])
-@pytest.mark.parametrize("model", ["n" * 300, "~nobody-of-this-name/store", "/no/such/path"])
+@pytest.mark.parametrize(
+    "model", ["n" * 300, "~nobody-of-this-name/store", "/no/such/path", "a/" + "n" * 97, "a/b.git"]
+)
 def test_a_name_of_nothing_is_one_sentence_before_torch_is_imported(command, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "pocketmoe.offload.survey", None)  # it imports torch
     result = invoke(command, model, *(["hi"] if command == "run" else []))
