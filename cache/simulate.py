@@ -220,7 +220,7 @@ class _Run:
         slots, shape = self._setup.ram_slots, self._setup.shape
         if slots == shape.layers * shape.experts:
             return None
-        ram = ExpertCache(slots, get_policy("forecast", slots, shape.layers * shape.top_k), shape.layers, shape.top_k)
+        ram = ExpertCache(slots, get_policy("analog", slots, shape.layers * shape.top_k), shape.layers, shape.top_k)
         outside = [expert for expert in routing.by_popularity() if expert not in self._strategy]
         for expert in reversed(outside[:slots]):  # the most popular last: it leaves last
             ram.admit(expert)
