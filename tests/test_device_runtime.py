@@ -232,8 +232,10 @@ def _sabotaged(world: World, name: str) -> World:
             world.ram.cache.unlock((expert,))
             world.ram.cache.lock(())
 
-        uploads.start = start_and_let_go
-        uploads._let_go = lambda: uploads._flying.popleft().arrived.seconds()
+        def let_go_again():
+            uploads._taken.append(uploads._flying.popleft().arrived.seconds())
+
+        uploads.start, uploads._let_go = start_and_let_go, let_go_again
     elif name == "the CPU's results are written over while they travel":
         on_cpu = world.runtime._on_cpu
 

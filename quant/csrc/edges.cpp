@@ -8,7 +8,9 @@
 namespace pm {
 namespace {
 
-bool can_take_rows(const pm_matrix& m) { return is_valid(m) && m.format != PM_MXFP4; }
+bool can_take_rows(const pm_matrix& m) {
+    return is_valid(m) && m.format != PM_MXFP4 && m.format != PM_INT4_ZERO_POINT;
+}
 
 void take_row(const pm_matrix& m, int64_t row, float* x) {
     const int64_t cols = m.cols;
