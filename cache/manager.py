@@ -146,7 +146,9 @@ class ExpertCache:
     def slots_of(self, experts: Sequence[ExpertId]) -> list[int]:
         """The slots of resident experts, whose bytes have to be there."""
         assert self._arriving.isdisjoint(experts), f"still on their way: {self._arriving.intersection(experts)}"
-        return [self._slots[expert] for expert in experts]
+        slots = [self._slots.get(expert, -1) for expert in experts]
+        assert -1 not in slots, f"not resident: {[expert for expert in experts if expert not in self._slots]}"
+        return slots
 
     def is_arriving(self, expert: ExpertId) -> bool:
         """Whether `expert` owns a slot whose bytes are still on their way."""

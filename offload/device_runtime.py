@@ -177,11 +177,11 @@ class DeviceRuntime:
 
     def _found(self, layer: int, work: Assignment, end: Mark) -> set[ExpertId]:
         """Those that the kernel has found which ends before `end`; nothing may have changed the table since."""
-        found = {expert for index in work.experts if (expert := ExpertId(layer, index)) in self.table}
-        self.uploads.used(map(self._slot, found), end)
+        found = [expert for index in work.experts if (expert := ExpertId(layer, index)) in self.table]
+        self.uploads.used(self.cache.slots_of(found), end)
         if self._is_timed(layer):
             self._timed = len(found), end
-        return found
+        return set(found)
 
     def _wait(self) -> Told:
         told = self.choices.wait()
@@ -280,10 +280,8 @@ class DeviceRuntime:
         """Queue one kernel for these experts; it begins when all of them have arrived."""
         if not experts:
             return
-        slots = [self._slot(expert) for expert in experts]
-        jobs = [
-            step.work.job(self.slots.record(slot), expert.index) for slot, expert in zip(slots, experts, strict=True)
-        ]
+        slots = self.cache.slots_of(experts)
+        jobs = step.work.jobs(experts, self.slots, slots)
         kernel = self.kernels[step.layer]
         self.uploads.use(slots)
         end = self._launch(step.layer, lambda: kernel.run(step.hidden, step.rows, jobs, step.parts))
@@ -310,10 +308,7 @@ class DeviceRuntime:
         if self._from_cpu.shape[1] != step.on_host.shape[1]:
             self._from_cpu = self.device.host_buffer((len(self._zeros), step.on_host.shape[1]), torch.float32)
         begin = self.device.clock()
-        jobs = []
-        for expert in experts:
-            [slot] = self.ram.cache.slots_of((expert,))
-            jobs.append(step.work.job(self.ram.slots.record(slot), expert.index))
+        jobs = step.work.jobs(experts, self.ram.slots, self.ram.cache.slots_of(experts))
         self.ram.kernels[step.layer].run(step.on_host, step.work.rows, jobs, self._from_cpu[: len(step.parts)])
         seconds = self.device.clock() - begin
         for job in jobs:
@@ -347,11 +342,6 @@ class DeviceRuntime:
         finally:
             for wave in waves:
                 self.cache.unlock(wave)
-
-    def _slot(self, expert: ExpertId) -> int:
-        slot = self.cache.slot_of(expert)
-        assert slot is not None, expert
-        return slot
 
     def _put(self, source: torch.Tensor) -> torch.Tensor:
         """A small tensor of the caller's, on the device."""

@@ -55,16 +55,16 @@ def make_kernels(
             _with_norm(site, NativeKernels(fmt, layout, site.layer.shape, activation, pool=pool), on_cpu=True)
             for site, layout, activation in zip(sites, layouts, activations, strict=True)
         ]
-    if pool is None:
-        obstacle = ""
-    elif fmt is None:
-        obstacle = f"The native kernels have no codec {codec.name}."
-    else:
-        obstacle = f"The native kernels lack the activation of {type(sites[0].experts).__name__}."
-    if config.kernels == "native":
-        raise UsageError(f"native kernels were asked for: {obstacle}")
-    if obstacle and config.kernels == "auto" and fmt is not None:  # records that are not packed are not for speed
-        on_notice(f"{obstacle} Using torch for the experts meanwhile, which is several times slower.")
+    if pool is not None:  # where there is none, `open_pool` has said why
+        obstacle = (
+            f"The native kernels have no codec {codec.name}."
+            if fmt is None
+            else f"The native kernels lack the activation of {type(sites[0].experts).__name__}."
+        )
+        if config.kernels == "native":
+            raise UsageError(f"native kernels were asked for: {obstacle}")
+        if fmt is not None:  # who takes records that are not packed does not ask for speed
+            on_notice(f"{obstacle} Using torch for the experts meanwhile, which is several times slower.")
     return [
         _with_norm(site, TorchKernels(codec, layout, site.apply_gate), on_cpu=True)
         for site, layout in zip(sites, layouts, strict=True)

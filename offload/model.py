@@ -167,9 +167,8 @@ class Model:
             self._hold_to_plan()
             if device is not None and self.vram_plan is not None:
                 widths = [site.layer.shape.hidden for site in skeleton.sites]
-                counts = [layer.num_experts for layer in layers]
                 self._on_device = make_device_runtime(
-                    device, self.vram_plan, self._runtime, above, config, widths, counts, notice
+                    device, self.vram_plan, self._runtime, above, config, widths, experts, notice
                 )
             warm.start()
         except BaseException:

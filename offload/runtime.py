@@ -26,7 +26,7 @@ from .ram_table import RamTable
 from .reads import Reads
 from .recorder import NoRecorder, Recorder
 from .recovery import recovering
-from .tiers import RamSlots
+from .tiers import DeviceSlots, RamSlots
 from .transfer import Transfers
 
 
@@ -67,7 +67,11 @@ class Assignment(NamedTuple):
         starts, rows, places = _one_token(k)
         return cls(experts, starts, rows, places, places)
 
-    def job(self, record: torch.Tensor, expert: int) -> ExpertJob:
+    def jobs(self, experts: Sequence[ExpertId], tier: RamSlots | DeviceSlots, slots: Sequence[int]) -> list[ExpertJob]:
+        """What kernels are given of some of the experts, which lie in these slots of a tier."""
+        return [self._job(tier.record(slot), expert.index) for slot, expert in zip(slots, experts, strict=True)]
+
+    def _job(self, record: torch.Tensor, expert: int) -> ExpertJob:
         at = self.experts.index(expert)
         return ExpertJob(record, self.starts[at], self.starts[at + 1] - self.starts[at])
 
@@ -264,8 +268,7 @@ class ExpertRuntime:
         if not experts:
             return 0.0
         start = time.perf_counter()
-        slots = self.cache.slots_of(experts)
-        jobs = [work.job(self.slots.record(slot), e.index) for slot, e in zip(slots, experts, strict=True)]
+        jobs = work.jobs(experts, self.slots, self.cache.slots_of(experts))
         self.kernels[layer].run(hidden, work.rows, jobs, parts)
         return time.perf_counter() - start
 
