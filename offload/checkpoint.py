@@ -22,6 +22,7 @@ from .packing import packable_names
 from .prequantized import join_quantized
 from .source import MoeLayer, OnNotice, RowReader, TrunkSize
 from .tensorfile import TensorEntry, read_header
+from .tiktoken_file import is_tiktoken, load_tiktoken
 
 _T = TypeVar("_T")
 
@@ -101,6 +102,8 @@ class CheckpointSource:
             if file.is_file() and file.stat().st_size <= MAX_SMALL_FILE:
                 _check_link(self.path, file)
                 shutil.copyfile(file, dest / file.name)
+        if is_tiktoken(dest):
+            load_tiktoken(dest).save_pretrained(dest)  # as tokenizer.json, which takes no seconds to read
 
 
 def read_config_json(path: Path) -> dict[str, Any]:

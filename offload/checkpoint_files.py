@@ -12,7 +12,7 @@ from .errors import DataError
 CONFIG = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SMALL_FILES = ("generation_config.json", "chat_template.jinja", "chat_template.json", "added_tokens.json", "vocab.json",
-               "merges.txt", "vocab.txt", "tekken.json")  # fmt: skip
+               "merges.txt", "vocab.txt", "tekken.json", "tiktoken.model")  # fmt: skip
 SMALL_PATTERNS = ("tokenizer*", "special_tokens_map.json", "spiece.model", "*.tiktoken")
 MAX_SMALL_FILE = 200_000_000
 PICKLED = ("*.bin", "*.pt", "*.pth")

@@ -1,7 +1,7 @@
 """The tokenizer, chat template and generation defaults that a GGUF file's metadata describe, as transformers' files.
 
 Byte-level BPE ("gpt2") is built here, because the file names its pre-tokenizer and its special tokens exactly;
-SentencePiece ("llama") is left to transformers. The patterns are those of the models' own tokenizer.json files.
+SentencePiece ("llama") is left to transformers.
 """
 
 from __future__ import annotations
@@ -10,55 +10,30 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, normalizers, processors
 
+from .byte_level import cuts_as, make_byte_level
 from .errors import DataError
 from .gguf_file import GgufFile, decimal
 from .source import OnNotice
 
 _CONTROL, _USER_DEFINED = 3, 4
 """Types of tokens (gguf.TokenType): parsed in the text and never shown; parsed and shown."""
-_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_QWEN2 = rf"{_ENDINGS}|{_LETTERS}|\p{{N}}|{_REST}"
-_LLAMA3 = rf"{_ENDINGS}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"
-_GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<｜end▁of▁sentence｜>",
 )
-_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
-_DEEPSEEK3 = (
-    rf"{_PUNCTUATION}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPLITS: dict[str, tuple[str, ...]] = {
-    "qwen2": (_QWEN2,),
-    "deepseek-r1-qwen": (_QWEN2,),
-    "llama-bpe": (_LLAMA3,),
-    "llama3": (_LLAMA3,),
-    "dbrx": (_LLAMA3,),
-    "chatglm-bpe": (_LLAMA3,),
-    "glm4": (_LLAMA3,),
-    "gpt-4o": (_GPT4O,),
-    "deepseek-llm": (
-        r"[\r\n]",
-        r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
-        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-        r"\s+$",
-        r"[一-龥ࠀ-一가-퟿]+",
-    ),
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+"),
-    "deepseek-v3": (r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3),
-}
-"""Pre-tokenizer, by the name in `tokenizer.ggml.pre`: patterns that cut the text, one after the other."""
-_WHOLE = ("llama-bpe", "llama3", "tekken")
-"""Pre-tokenizers whose pieces are tokens if the vocabulary has them, whatever the merges would make of them."""
-_DIGITS = ("smollm", "refact", "starcoder", "command-r", "deepseek-llm", "deepseek-coder")
-"""Pre-tokenizers that take digits one by one."""
-_PLAIN = ("gpt-2", "mpt", "olmo", "smollm", "refact", "starcoder", "command-r")
-"""Pre-tokenizers with GPT-2's own pattern."""
+"""Control tokens that end an answer, whether a file says so or not: most name only one."""
+_HARMONY = {"<|return|>", "<|call|>"}
+"""Where these end an answer, `<|end|>` ends only a part of it."""
 _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
@@ -106,21 +81,15 @@ def write_tokenizer(file: GgufFile, dest: Path, on_notice: OnNotice = lambda _: 
 
 
 def _byte_level(file: GgufFile, tokens: list[str], on_notice: OnNotice) -> Any:
-    merges = [tuple(merge.split(" ", 1)) for merge in file.fields.get("tokenizer.ggml.merges", ())]
+    lines = (merge.partition(" ") for merge in file.fields.get("tokenizer.ggml.merges", ()))
+    merges = [(left, right) for left, _, right in lines]
     name, vocab = str(file.fields.get("tokenizer.ggml.pre", "?")), {token: i for i, token in enumerate(tokens)}
+    if not cuts_as(name):
+        on_notice(f"the pre-tokenizer {name!r} of {file.path} is not known; text is cut as GPT-2 does")
     try:
-        tokenizer: Any = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=name in _WHOLE))
+        tokenizer = make_byte_level(name, vocab, merges)
     except Exception as error:  # the library's own kind, for merges of tokens that are not there
         raise DataError(f"{file.path} has a damaged tokenizer: {error}") from None
-    if name not in _SPLITS and name not in _PLAIN:
-        on_notice(f"the pre-tokenizer {name!r} of {file.path} is not known; text is cut as GPT-2 does")
-    patterns = _SPLITS.get(name, ())
-    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
-    if name in _DIGITS:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not patterns))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
     types = file.fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     for kind, add in ((_CONTROL, tokenizer.add_special_tokens), (_USER_DEFINED, tokenizer.add_tokens)):
         chosen = [token for token, its in zip(tokens, types, strict=False) if its == kind]
@@ -147,8 +116,9 @@ def _sentencepiece(file: GgufFile) -> Any:
 def write_generation_config(file: GgufFile, dest: Path) -> None:
     """Write generation_config.json: what ends an answer, and the sampling that the file recommends."""
     fields = file.fields
-    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    config: dict[str, Any] = {"eos_token_id": sorted({end for end in ends if isinstance(end, int)})}
+    said = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    ends = {end for end in said if isinstance(end, int)} | _known_ends(fields)
+    config: dict[str, Any] = {"eos_token_id": sorted(ends)}
     for role in ("bos", "pad"):
         if isinstance(index := fields.get(f"tokenizer.ggml.{_ROLES[role]}_token_id"), int):
             config[f"{role}_token_id"] = index
@@ -157,6 +127,15 @@ def write_generation_config(file: GgufFile, dest: Path) -> None:
         if isinstance(value, (int, float)):
             config |= {ours: decimal(value) if isinstance(value, float) else value, "do_sample": True}
     write_json(dest / "generation_config.json", config)
+
+
+def _known_ends(fields: dict[str, Any]) -> set[int]:
+    types = fields.get("tokenizer.ggml.token_type") or []
+    pairs = enumerate(zip(fields.get("tokenizer.ggml.tokens") or [], types, strict=False))
+    found = {token: i for i, (token, kind) in pairs if kind == _CONTROL and token in _ENDS}
+    if found.keys() >= _HARMONY:
+        found.pop("<|end|>", None)
+    return set(found.values())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """What of an answer is thought and what is said: models write both into one text, each family in its own way.
 
 Two ways are known: a pair of tags around the thoughts at the beginning (`<think>...</think>`; some prompts end with the
-opening tag), and gpt-oss's channels (https://cookbook.openai.com/articles/openai-harmony). What neither is for, calls
-of tools above all, stays in the text as it is.
+opening tag, some answers begin with the closing one), and gpt-oss's channels
+(https://cookbook.openai.com/articles/openai-harmony). What neither is for, calls of tools above all, stays in the text
+as it is.
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple, Protocol
 
-TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
+TAGS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<mm:think>", "</mm:think>"),
+    ("<think:opensource>", "</think:opensource>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought\n", "<channel|>"),
+)
 _CHANNEL, _MESSAGE, _START = "<|channel|>", "<|message|>", "<|start|>"
 _MARKS = (_CHANNEL, _MESSAGE, _START, "<|end|>", "<|call|>", "<|return|>")
 _MARK = re.compile("|".join(map(re.escape, _MARKS)))
-_SHOWN = re.compile("tool|call|function|think|python", re.IGNORECASE)
+_SHOWN = re.compile('tool|call|function|action|args|think|python|"', re.IGNORECASE)
 
 
 class Part(NamedTuple):
@@ -46,9 +55,11 @@ class AnswerFormat:
         self._channels = {_CHANNEL, _MESSAGE} <= names or _CHANNEL in template
         known = (pair for pair in TAGS if names.intersection(pair) or any(tag in template for tag in pair))
         self._tags = next(known, None)
-        special = {i: str(token) for i, token in added.items() if token.special}
+        special, marks = {i: str(token) for i, token in added.items() if token.special}, "".join(self._tags or ())
         self.hidden = (
-            frozenset() if self._channels else frozenset(i for i, name in special.items() if not _SHOWN.search(name))
+            frozenset()
+            if self._channels
+            else frozenset(i for i, name in special.items() if not _SHOWN.search(name) and name not in marks)
         )
         """Special tokens that are no part of an answer's text."""
 
@@ -57,7 +68,7 @@ class AnswerFormat:
         if self._channels:
             return Channels()
         if self._tags is not None:
-            return ThinkTags(*self._tags, thinking=prompt.rstrip().endswith(self._tags[0]))
+            return ThinkTags(*self._tags, thinking=prompt.rstrip().endswith(self._tags[0].rstrip()))
         return Plain()
 
 
@@ -87,7 +98,9 @@ class ThinkTags:
             begun = self._held.lstrip()
             if begun.startswith(self._opening):
                 self._state, self._held = "thought", begun.removeprefix(self._opening)
-            elif not self._opening.startswith(begun):
+            elif begun.startswith(self._closing):  # how some say that they do not think
+                self._state, self._held = "between", begun.removeprefix(self._closing)
+            elif not self._opening.startswith(begun) and not self._closing.startswith(begun):
                 self._state = "said"
         if self._state == "thought":
             if not self._thought:

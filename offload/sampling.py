@@ -61,21 +61,30 @@ class Sampling:
 
 
 def read_generation_config(path: Path) -> tuple[Sampling, set[int]]:
-    """A model directory's sampling defaults and end-of-answer token ids; greedy where it does not ask for sampling."""
-    file = path / "generation_config.json"
+    """A model directory's sampling defaults and end-of-answer token ids; greedy where it does not ask for sampling.
+    Without a generation_config.json, config.json says what ends an answer, as in transformers."""
+    file, config = path / "generation_config.json", path / "config.json"
     if not file.is_file():
-        return Sampling(), set()
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} is damaged ({error}); remove it or download it again") from None
-    eos = raw.get("eos_token_id")
-    ends = {int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None}
+        return Sampling(), _ends(_read_json(config)) if config.is_file() else set()
+    raw = _read_json(file)
+    ends = _ends(raw)
     if raw.get("do_sample") is False:
         return Sampling(temperature=0.0, repetition_penalty=raw.get("repetition_penalty") or 1.0), ends
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     options = {name: raw.get(name) for name in names} | {"max_tokens": raw.get("max_new_tokens")}
     return Sampling().with_options(**options), ends
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} is damaged ({error}); remove it or download it again") from None
+
+
+def _ends(config: dict[str, Any]) -> set[int]:
+    eos = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    return {int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None}
 
 
 class Sampler:

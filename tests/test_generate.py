@@ -257,6 +257,12 @@ def test_sampling_defaults_come_from_generation_config(tmp_path):
         read_generation_config(tmp_path)
 
 
+@pytest.mark.parametrize("content", ['{"eos_token_id": [3, 4]}', '{"text_config": {"eos_token_id": [3, 4]}}'])
+def test_without_generation_config_what_ends_an_answer_is_in_config_json(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    assert read_generation_config(tmp_path) == (Sampling(), {3, 4})
+
+
 def test_sampling_runs_on_as_few_threads_as_a_single_token(monkeypatch):
     threads = []
     monkeypatch.setattr("torch.set_num_threads", threads.append)

@@ -289,7 +289,10 @@ def test_text_is_cut_as_transformers_cuts_it(pre, tmp_path):
         assert got.decode(got.encode(text).ids) == text
 
 
-@pytest.mark.parametrize("pre", ["deepseek-llm", "deepseek-v3", "deepseek-coder", "chatglm-bpe", "smollm", "olmo"])
+IN_THREES = ("deepseek-v3", "chatglm-bpe", "glm4", "kimi-k2")
+
+
+@pytest.mark.parametrize("pre", [*IN_THREES, "deepseek-llm", "deepseek-coder", "qwen35", "smollm", "olmo"])
 def test_every_other_pre_tokenizer_loses_nothing_and_takes_digits_as_its_models_do(pre, tmp_path):
     notices: list[str] = []
     write_tokenizer(read_gguf(write_vocabulary(tmp_path / "x.gguf", pre)), tmp_path, notices.append)
@@ -297,8 +300,15 @@ def test_every_other_pre_tokenizer_loses_nothing_and_takes_digits_as_its_models_
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
     digits = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("12345")]  # type: ignore[union-attr]
-    runs = {"deepseek-v3": ["123", "45"], "chatglm-bpe": ["123", "45"], "olmo": ["12345"]}
-    assert digits == runs.get(pre, list("12345")) and notices == []
+    want = ["123", "45"] if pre in IN_THREES else ["12345"] if pre == "olmo" else list("12345")
+    assert digits == want and notices == []
+
+
+def test_a_combining_mark_is_part_of_a_word_for_qwen35(tmp_path):
+    for pre, pieces in (("qwen2", 2), ("qwen35", 1)):
+        write_tokenizer(read_gguf(write_vocabulary(tmp_path / f"{pre}.gguf", pre)), tmp_path)
+        tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert len(tokenizer.pre_tokenizer.pre_tokenize_str("कोट")) == pieces  # type: ignore[union-attr]
 
 
 def test_special_tokens_outside_the_byte_alphabet_stay_whole_and_the_first_token_is_added(tmp_path):
@@ -338,6 +348,21 @@ def test_what_ends_an_answer_and_how_to_sample_are_taken_from_the_file(tmp_path)
     write_generation_config(read_gguf(tmp_path / "x.gguf"), tmp_path)
     content = json.loads((tmp_path / "generation_config.json").read_text())
     assert content == {"eos_token_id": [5, 7], "do_sample": True, "temperature": 0.7, "top_k": 20}
+
+
+@pytest.mark.parametrize(
+    ("control", "ends"),
+    [(["<|end|>", "<|call|>", "<|return|>"], [1, 2, 3]), (["<|end|>", "<|assistant|>"], [0, 2])],
+    ids=["gpt-oss", "phi-3"],
+)
+def test_a_well_known_end_of_a_turn_ends_an_answer_though_the_file_names_another(control, ends, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_token_list([*control, "</s>"])
+    writer.add_token_types([3] * (len(control) + 1))
+    writer.add_eos_token_id(len(control))
+    finish(writer)
+    write_generation_config(read_gguf(tmp_path / "x.gguf"), tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == ends
 
 
 def test_large_trunk_matrices_are_read_in_pieces_with_the_same_result(tmp_path, monkeypatch):

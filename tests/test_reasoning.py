@@ -20,6 +20,8 @@ TAGGED = [
     ("<think>a</think>b <think>c</think>", False, ("a", "b <think>c</think>")),
     ("<think>never ends, </thin", False, ("never ends, </thin", "")),
     ("<thi", False, ("", "<thi")),
+    ("</think>\n\nyes", False, ("", "yes")),
+    ("</div>", False, ("", "</div>")),
     ("  indented", False, ("", "  indented")),
     (f"<think>I call f</think>{CALL}", False, ("I call f", CALL)),
     ("", True, ("", "")),
@@ -84,9 +86,16 @@ def test_the_tokenizer_and_the_template_tell_how_answers_are_written():
     assert split(splitter("<|assistant|><think>\n", "", ("<think>", False)), "a</think>b", 0) == ("a", "b")
     assert split(splitter("<think>\n\n</think>\n\n", "", ("<think>", False)), "b", 0) == ("", "b")
     assert split(splitter("", "", ("[THINK]", True)), "[THINK]a[/THINK]b", 0) == ("a", "b")
+    gemma4 = "", ("<|channel>", True), ("<channel|>", True)
+    assert split(splitter("<|turn>model\n", *gemma4), "<|channel>thought\na\n<channel|>b", 0) == ("a", "b")
+    assert split(splitter("<|turn>model\n<|channel>thought\n", *gemma4), "a<channel|>b", 0) == ("a", "b")
+    assert split(splitter("<|channel>thought\n<channel|>", *gemma4), "b", 0) == ("", "b")
 
 
 def test_special_tokens_are_hidden_but_for_those_that_belong_to_the_text():
     found = AnswerFormat(tokenizer("", ("<s>", True), ("[TOOL_CALLS]", True), ("[THINK]", True), ("<think>", False)))
     assert found.hidden == {0}
+    gemma4 = AnswerFormat(tokenizer("", *((name, True) for name in ("<turn|>", "<|channel>", "<channel|>", '<|"|>'))))
+    assert gemma4.hidden == {0}
+    assert AnswerFormat(tokenizer("", ("[ARGS]", True), ("[IMG]", True), ("<|START_ACTION|>", True))).hidden == {1}
     assert AnswerFormat(tokenizer("", ("<|channel|>", True), ("<|message|>", True))).hidden == frozenset()
