@@ -121,22 +121,25 @@ class Prefetcher:
         return not self._flying
 
     def request(self, layer: int, indices: Sequence[int]) -> None:
-        guessed = self._guessed[layer] = []
-        for rank, index in enumerate(indices):
-            expert = ExpertId(layer, index)
-            if self._cache.slot_of(expert) is not None or (self._experts and index >= self._experts[layer]):
-                continue
-            guessed.append((rank, index))
-            precision = self._precision.of(rank)
-            if len(self._flying) >= self._depth or precision < self._idle_worth:
-                continue
-            admission = self._cache.admit(expert, transient=True)
-            if admission is None:
-                continue
-            self.evicted(admission.evicted)
-            self._stats.record_prefetch(layer, issued=1)
-            view, idle = self._slots.view(admission.slot), precision < self._worth
-            self._flying[expert] = self._transfers.fetch(expert, view, demand=False, idle=idle)
+        end = self._experts[layer] if self._experts else float("inf")
+        guess = [(rank, ExpertId(layer, index)) for rank, index in enumerate(dict.fromkeys(indices)) if index < end]
+        missing = [(rank, expert) for rank, expert in guess if self._cache.slot_of(expert) is None]
+        self._guessed[layer] = [(rank, expert.index) for rank, expert in missing]
+        if missing:
+            with self._cache.locked([expert for _, expert in guess]):  # or one would take another's slot
+                for rank, expert in missing:
+                    self._read(expert, self._precision.of(rank))
+
+    def _read(self, expert: ExpertId, precision: float) -> None:
+        if len(self._flying) >= self._depth or precision < self._idle_worth:
+            return
+        admission = self._cache.admit(expert, transient=True)
+        if admission is None:
+            return
+        self.evicted(admission.evicted)
+        self._stats.record_prefetch(expert.layer, issued=1)
+        view, idle = self._slots.view(admission.slot), precision < self._worth
+        self._flying[expert] = self._transfers.fetch(expert, view, demand=False, idle=idle)
 
     def settle(self, layer: int, chosen: set[int]) -> None:
         for rank, index in self._guessed.pop(layer, ()):

@@ -233,6 +233,17 @@ def test_a_guess_never_takes_the_slot_of_a_locked_expert(bench):
     bench.cache.unlock(locked[1:])
 
 
+def test_a_guess_does_not_take_the_slot_of_another():
+    bench = Bench(capacity=2 * FLOOR)
+    bench.fill(0, 0, 1)
+    bench.fill(1, 0, 1)  # 0 would leave first
+    bench.prefetch.request(1, [0, 3])
+    assert set(bench.transfers.tickets) == {E(3)} and E(0) in bench.cache and E(1) not in bench.cache
+    bench.check()
+    bench.prefetch.drain()
+    bench.cache.check_integrity(idle=True)
+
+
 def test_a_guess_that_pushes_an_unused_guess_out_counts_it_as_wasted():
     bench = Bench(capacity=4)
     bench.prefetch.request(1, [0, 1, 2, 3])
