@@ -13,7 +13,8 @@ from typing import Any
 
 from pocketmoe.offload.errors import MemoryBudgetError
 from pocketmoe.offload.estimate import Rates
-from pocketmoe.offload.outline import Outline, read_outline
+from pocketmoe.offload.outline import Outline
+from pocketmoe.offload.outline_reader import read_outline
 from pocketmoe.offload.outlook import Fit, Machine, fit
 
 PUBLISHED = Path(__file__).with_name("published_models.json")

@@ -91,10 +91,10 @@ def _rate(name: str, text: str | None) -> float:
 def as_lines(survey: Survey) -> list[str]:
     """The plan for a terminal, at most 80 columns."""
     outline, fit = survey.outline, survey.fit
-    layers, size = outline.manifest.layers, format_bytes
+    layers, size = outline.layers, format_bytes
     lines = wrap(
         f"{outline.name}: {outline.model_type}, {outline.parameters / 1e9:.1f} billion parameters, {len(layers)} MoE "
-        f"layers of {max(layer.num_experts for layer in layers)} experts, top-{max(layer.top_k for layer in layers)}",
+        f"layers of {max(layer.experts for layer in layers)} experts, top-{max(layer.top_k for layer in layers)}",
         _WIDTH,
     )
     lines += ["", f"{'format':28}{'an expert':>12}{'experts':>12}{'trunk':>12}{'total':>12}"]
@@ -196,17 +196,17 @@ def _assumptions(survey: Survey, fit: Fit | None) -> str:
 
 def as_data(survey: Survey) -> dict[str, Any]:
     """The plan as JSON; sizes in bytes, rates in bytes per second."""
-    outline, fit, manifest = survey.outline, survey.fit, survey.outline.manifest
+    outline, fit = survey.outline, survey.fit
     data: dict[str, Any] = {
         "version": SCHEMA_VERSION,
         "model": outline.name,
         "model_type": outline.model_type,
         "parameters": outline.parameters,
-        "moe_layers": len(manifest.layers),
-        "experts": manifest.num_experts,
+        "moe_layers": len(outline.layers),
+        "experts": outline.num_experts,
         "cycle": outline.cycle,
-        "record_bytes": manifest.record_bytes,
-        "codec": manifest.codec,
+        "record_bytes": outline.record_bytes,
+        "codec": outline.codec,
         "formats": [
             {**form._asdict(), "total": form.total, "chosen": form == outline.chosen} for form in outline.formats
         ],

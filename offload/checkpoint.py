@@ -46,20 +46,14 @@ class CheckpointSource:
         if (path / MANIFEST).is_file():
             raise DataError(f"{path} is a pocketmoe store already; give the checkpoint that it was made from")
         self.config = read_config_json(path)
-        config = of_config(path, hf.read_config, path)
+        config = of_config(path / CONFIG, hf.read_config, path)
         quantization = take_quantization(path, self.config, config)
         self.kept_codec = kept_codec(quantization)
         """The codec that keeps the values of experts that ship packed."""
         tensors = _joined(path, self._headers())
         self.dtype = _main_dtype(config, tensors)
         entries = join_quantized(path, tensors, quantization, self.dtype) if quantization else tensors
-        self.skeleton = of_config(path, hf.build_skeleton, config, self.dtype)
-        for layer in self.layers():
-            if not 1 <= layer.top_k <= layer.num_experts:
-                raise DataError(
-                    f"{path / 'config.json'} says {layer.top_k} experts per token, but {layer.name} has "
-                    f"{layer.num_experts}"
-                )
+        self.skeleton = of_config(path / CONFIG, hf.build_skeleton, config, self.dtype)
         self._keys = KeyMap(self.skeleton, entries)
         self._files = sorted({entry.path for entry in tensors.values()})
         if self._keys.unknown and on_notice is not None:
@@ -89,7 +83,7 @@ class CheckpointSource:
         return self._keys.trunk_sizes()
 
     def packable(self) -> set[str]:
-        return packable_names(self.skeleton)
+        return of_config(self.path / CONFIG, packable_names, self.skeleton)
 
     def fingerprint(self) -> list[list[Any]]:
         """Name, size and time of change of the config and every shard: whether a half-done conversion was of them.
@@ -119,15 +113,15 @@ def read_config_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def of_config(path: Path, function: Callable[..., _T], *args: Any) -> _T:
-    """`function(*args)`, where any error is the config's fault: the library raises many kinds for bad values."""
+def of_config(file: Path, function: Callable[..., _T], *args: Any) -> _T:
+    """`function(*args)`, where any error is the fault of that file: the library raises many kinds for bad values."""
     try:
         return function(*args)
     except PocketMoEError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path / 'config.json'} cannot be used: {reason}") from error
+        raise DataError(f"{file} cannot be used: {reason}") from error
 
 
 def take_quantization(path: Path, content: dict[str, Any], config: Any) -> dict[str, Any] | None:

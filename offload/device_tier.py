@@ -19,14 +19,11 @@ from .config import OffloadConfig
 from .device import Device, TorchDevice, default_device
 from .device_runtime import DeviceRuntime
 from .errors import VramBudgetError
-from .manifest import Manifest
-from .placement import CUDA_CONTEXT, VramNeeds, VramPlan, plan_vram
+from .placement import LEAVE_FREE, VramNeeds, VramPlan, plan_vram
 from .runtime import ExpertRuntime
 from .source import OnNotice
 from .tiers import DeviceSlots
 
-LEAVE_FREE = 0.08
-"""Share of the free memory of a device that an automatic budget leaves: screens, and what libraries take late."""
 _TIMED = 5
 _MOST_SLOWDOWN = 0.6
 
@@ -65,20 +62,6 @@ def plan_device(device: Device, config: OffloadConfig, needs: VramNeeds) -> Vram
             f"use --vram {most}MB or less, or close what else uses the GPU"
         )
     return plan_vram(needs, config.vram, config.vram_slots)
-
-
-def device_needs(trunk: int, kv: int, workspace: int, record: int, manifest: Manifest, context: int) -> VramNeeds:
-    """What a model asks of a device; one slot for each layer is the least."""
-    return VramNeeds(
-        trunk=trunk,
-        kv=kv,
-        workspace=workspace,
-        record=record,
-        experts=manifest.num_experts,
-        context=context,
-        floor=len(manifest.layers),
-        program=CUDA_CONTEXT,
-    )
 
 
 def make_device_runtime(

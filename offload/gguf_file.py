@@ -132,7 +132,7 @@ def read_gguf(path: Path, sizes: Mapping[str, int] | None = None) -> GgufFile:
     Raises:
         DataError: not a GGUF file, damaged, truncated, of an unknown version or tensor type, or a part is missing.
     """
-    parts = _parts(path)
+    parts = parts_of(path)
     files = [_read_one(part, sizes[part.name] if sizes else None) for part in parts]
     fields, tensors = files[0][0], {}
     for _, found in files:
@@ -168,7 +168,8 @@ def is_kept(place: Place, codec: str | None) -> bool:
     return place.kind.name in _HELD.get(codec or "", ())
 
 
-def _parts(path: Path) -> list[Path]:
+def parts_of(path: Path) -> list[Path]:
+    """The files of a model of which `path` is one, in order. Raises DataError when one of them is missing."""
     named = PART.fullmatch(path.name)
     if named is None:
         return [path]

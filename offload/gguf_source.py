@@ -14,6 +14,7 @@ from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
 from ..quant.codecs import Weight
 from . import hf
+from .checkpoint import of_config
 from .checkpoint_files import by_pattern
 from .errors import DataError
 from .gguf_config import model_config
@@ -57,7 +58,7 @@ class GgufSource:
         embedding = tensors["token_embd.weight"].kind
         self.dtype = torch.bfloat16 if PLAIN.get(embedding) == torch.bfloat16 else torch.float32
         self.config["dtype"] = str(self.dtype).removeprefix("torch.")
-        self.skeleton = hf.build_skeleton(hf.make_config(self.config), self.dtype)
+        self.skeleton = of_config(path, hf.build_skeleton, hf.make_config(self.config), self.dtype)
         self.config["architectures"] = [type(self.skeleton.model).__name__]
         self._experts = [self._expert_tensors(site.layer) for site in self.skeleton.sites]
         self.kept_codec = keeping_codec(self._file)
@@ -106,7 +107,7 @@ class GgufSource:
         return *_main_kind(of_experts), *_main_kind(of_trunk)
 
     def packable(self) -> set[str]:
-        return packable_names(self.skeleton)
+        return of_config(self.path, packable_names, self.skeleton)
 
     def fingerprint(self) -> list[list[Any]]:
         """Name, size and time of change of every part."""

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +34,13 @@ from .errors import DataError
 from .hf_experts import MoeSite, find_sites
 from .hf_families import ALIASES, LEFT_OUT, foreign_experts
 from .kv_cache import allocates_ahead, cache_bytes, capacities, new_kv_cache, token_bytes
+from .memory import KvGrowth
 from .source import OnNotice
 
 OLDEST, TESTED = (5, 21), (5, 23)
 """The releases of transformers that this works with at least, and the newest that `make breadth` ran with."""
 
+_MOST_LAYERS, _MOST_EXPERTS = 10_000, 100_000
 _CPU = torch.device("cpu")
 
 
@@ -106,6 +109,7 @@ def read_config(path: Path) -> Any:
         raw, _ = transformers.PreTrainedConfig.get_config_dict(str(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {error}") from None
+    _check_layers(raw)
     model_type = raw.get("model_type")
     if model_type in ALIASES:
         return AutoConfig.for_model(ALIASES[model_type], **{k: v for k, v in raw.items() if k != "model_type"})
@@ -129,9 +133,19 @@ def make_config(content: dict[str, Any]) -> Any:
     """The transformers config of the content of a config.json that never was a file."""
     settings = {key: value for key, value in content.items() if key != "model_type"}
     try:
+        _check_layers(content)
         return AutoConfig.for_model(content["model_type"], **settings)
     except Exception as error:  # the library raises many kinds for bad values
         raise DataError(f"the model's metadata cannot be used: {' '.join(str(error).split())}") from error
+
+
+def _check_layers(content: dict[str, Any]) -> None:
+    """Raises ValueError for so many layers that the library would be busy for ever."""
+    text = content.get("text_config")
+    for part in (content, text if isinstance(text, dict) else {}):
+        layers = part.get("num_hidden_layers")
+        if isinstance(layers, (int, float)) and not 1 <= layers <= _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {layers:,}, expected 1 to {_MOST_LAYERS:,}")
 
 
 def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> Skeleton:
@@ -139,6 +153,7 @@ def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> Skeleton:
 
     Raises:
         DataError: no causal language model, or a dense one.
+        ValueError, and others of the library's: the config's numbers are nonsense.
     """
     check_version()
     cls, config = _model_class(config)
@@ -164,6 +179,13 @@ def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> Skeleton:
             if foreign is None
             else f"model type {config.model_type!r} keeps its experts in {foreign}, a form that is not supported"
         )
+    for layer in (site.layer for site in sites):
+        if not 1 <= layer.top_k <= layer.num_experts:
+            raise ValueError(f"{layer.top_k} experts per token, but {layer.name} has {layer.num_experts}")
+        if min(layer.shape[:2]) < 1 or layer.num_experts > _MOST_EXPERTS:
+            raise ValueError(
+                f"{layer.num_experts:,} experts of {layer.shape[1]:,} x {layer.shape[0]:,} in {layer.name}"
+            )
     return Skeleton(model, config, sites, full_state, dtypes, left_out)
 
 
@@ -313,21 +335,24 @@ def measure_kv_bytes(skeleton: Skeleton, context: int, chunk: int, stored: torch
 
 def measure_kv_growth(skeleton: Skeleton, chunk: int, stored: torch.dtype | None = None) -> Callable[[int], int]:
     """`measure_kv_bytes` by context; a single forward for all of them where every layer takes its memory at once."""
+    layers = measure_kv_layers(skeleton, chunk, stored)
+    if layers is None:
+        return functools.cache(lambda context: measure_kv_bytes(skeleton, context, chunk, stored))
+    return KvGrowth(layers).at
 
-    @functools.cache
-    def widths() -> list[int] | None:
-        cache = new_kv_cache(skeleton.config, 1, chunk, stored)
-        _fill_on_meta(skeleton, 1, cache)
-        return token_bytes(cache) if allocates_ahead(cache) else None  # some types add layers of their own in a forward
 
-    @functools.cache
-    def at(context: int) -> int:
-        cache = new_kv_cache(skeleton.config, context, chunk, stored)
-        if not allocates_ahead(cache) or (each := widths()) is None:
-            return measure_kv_bytes(skeleton, context, chunk, stored)
-        return sum(capacity * width for capacity, width in zip(capacities(cache), each, strict=True))
-
-    return at
+def measure_kv_layers(
+    skeleton: Skeleton, chunk: int, stored: torch.dtype | None = None
+) -> list[tuple[int, int]] | None:
+    """For each layer of the KV cache, bytes of a token and the most tokens that it keeps; None where some layer takes
+    its memory in another way."""
+    cache = new_kv_cache(skeleton.config, 1, chunk, stored)
+    if allocates_ahead(cache):
+        _fill_on_meta(skeleton, 1, cache)  # in which some types add layers of their own
+    if not allocates_ahead(cache):
+        return None
+    most = capacities(new_kv_cache(skeleton.config, sys.maxsize, chunk, stored))
+    return list(zip(token_bytes(cache), most, strict=True))
 
 
 def _fill_on_meta(skeleton: Skeleton, tokens: int, cache: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +66,24 @@ def return_freed_memory() -> None:
 def left_for_child(ram: int | None) -> int | None:
     """What a budget leaves to a child process; None when there is no budget."""
     return None if ram is None else ram - resident_bytes()
+
+
+class KvGrowth(NamedTuple):
+    """Bytes of the KV cache by tokens of context."""
+
+    layers: Sequence[tuple[int, int]]
+    """For each layer, bytes of a token and the most tokens that are kept; empty where not all are like that."""
+    points: Sequence[tuple[int, int]] = ()
+    """Then, what was measured: contexts, the least first, and their bytes. In between and beyond, lines through them:
+    right for states that do not grow, and for windows of thousands of tokens more than they take in the end."""
+
+    def at(self, context: int) -> int:
+        if self.layers:
+            return sum(width * min(context, most) for width, most in self.layers)
+        (low, less), (high, more) = next(
+            (pair for pair in zip(self.points, self.points[1:], strict=False) if context < pair[1][0]), self.points[-2:]
+        )
+        return more + (more - less) * (context - high) // (high - low)
 
 
 class Needs(NamedTuple):

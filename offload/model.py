@@ -20,6 +20,7 @@ from .device_runtime import DeviceRuntime
 from .device_tier import make_device_runtime, open_device, warm_up
 from .errors import DataError, UsageError, VramBudgetError
 from .experts import make_device_kernels, make_kernels, open_pool
+from .foresight import foresee
 from .generate import Chunk, Completion, Sequence, stream_answer
 from .hf_families import STEPWISE
 from .hf_norms import fuse_norms
@@ -41,7 +42,6 @@ from .tokenizer import load_tokenizer
 from .transfer import ThreadedTransfers
 from .trunk import find_linear, load_packed_trunk, warm_up_trunk
 from .warm_start import WarmStart
-from .workspace import foresee
 
 _OUT_OF_MEMORY_STEP = 256 << 20
 """Bytes of slots that give way when a GPU's memory runs out in the middle of an answer."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..cache.hit_curve import RECORDED, HitCurve, even_hits
 from ..cache.units import format_bytes
+from .contexts import first_that_fits, usual_contexts
 from .errors import MemoryBudgetError
 from .estimate import (
     GPU_LAYER_S,
@@ -22,8 +23,7 @@ from .estimate import (
 )
 from .memory import MemoryPlan, Needs, make_plan
 from .outline import Outline
-from .placement import CUDA_LIBRARIES, VramPlan, longest_context, plan_vram
-from .planning import first_that_fits, usual_contexts, with_device
+from .placement import CUDA_LIBRARIES, VramPlan, longest_context, plan_vram, with_device
 
 WORTHWHILE = 1.03
 """A change that makes it faster by less is none."""
@@ -106,11 +106,11 @@ def _fit(outline: Outline, machine: Machine, context: int | None, curve: HitCurv
     cycle, experts, needs = outline.cycle, ram.needs.experts, ram.needs
     on_gpu = vram is not None
     kv = vram.needs.kv if vram else needs.kv
-    shared = outline.on_gpu.trunk_read if vram else outline.trunk_read
+    shared = (outline.gpu if vram else outline.cpu).trunk_read
 
     def seconds(hits: Hits, kv: int) -> tuple[Bytes, Seconds]:
         read = bytes_per_token(shared + kv, cycle * needs.record, hits, on_gpu)
-        layer_s = GPU_LAYER_S if on_gpu else LAYER_S if outline.workspace.lean else PLAIN_LAYER_S
+        layer_s = GPU_LAYER_S if on_gpu else LAYER_S if outline.cpu.workspace.lean else PLAIN_LAYER_S
         return read, seconds_per_token(read, machine.rates, outline.decoder_layers, layer_s)
 
     def hits_of(share: Callable[[int], float]) -> Hits:
@@ -134,17 +134,17 @@ def _fit(outline: Outline, machine: Machine, context: int | None, curve: HitCurv
 
 def _in_usual_context(outline: Outline, machine: Machine, context: int | None) -> tuple[MemoryPlan, VramPlan | None]:
     """Both plans, for the context that was asked for or the largest usual one that fits."""
-    side = outline if machine.vram is None else outline.on_gpu
+    on_gpu = machine.vram is not None
 
     def plans(needs: Needs) -> tuple[MemoryPlan, VramPlan | None]:
         if machine.vram is None:
             return make_plan(needs, machine.ram), None
-        above, left = with_device(needs, outline.manifest, side.skeleton)
+        above, left = with_device(needs, len(outline.layers), outline.largest_tensor)
         left = left._replace(program=left.program + CUDA_LIBRARIES)
         return make_plan(left, machine.ram), plan_vram(above, machine.vram)
 
     contexts = usual_contexts(context, outline.longest)
-    return first_that_fits(contexts, lambda tokens: side.needs(tokens, machine.program), plans)
+    return first_that_fits(contexts, lambda tokens: outline.needs(tokens, machine.program, on_gpu), plans)
 
 
 def _longest(outline: Outline, machine: Machine, ram: MemoryPlan) -> int:
@@ -152,8 +152,8 @@ def _longest(outline: Outline, machine: Machine, ram: MemoryPlan) -> int:
         if machine.vram is None:
             needs = outline.needs(context, machine.program)
             return needs.fixed + needs.floor * needs.record
-        needs = outline.on_gpu.needs(context, machine.program)
-        above, _ = with_device(needs, outline.manifest, outline.on_gpu.skeleton)
+        needs = outline.needs(context, machine.program, on_gpu=True)
+        above, _ = with_device(needs, len(outline.layers), outline.largest_tensor)
         return above.fixed + above.floor * above.record
 
     room = ram.budget if machine.vram is None else machine.vram
@@ -165,30 +165,23 @@ def changes(
     machine: Machine,
     context: int | None,
     now: Fit | None,
-    smaller: Callable[[], Iterator[tuple[str, Outline]]] | None = None,
 ) -> list[Change]:
     """What would make it faster, or possible, the best first.
 
     Args:
         now: how it is; None when it does not fit.
-        smaller: other forms of the same model, each with what to ask for.
     """
     found = [
         Change(what, 1 / fitted.seconds.total)
-        for what, other, another in _candidates(outline, machine, now, smaller)
+        for what, other, another in _candidates(outline, machine, now)
         if (fitted := _or_none(other, another, context)) is not None
     ]
     least = now.tokens_per_second * WORTHWHILE if now else 0.0
     return sorted((change for change in found if change.tokens_per_second > least), key=lambda c: -c[1])
 
 
-def _candidates(
-    outline: Outline,
-    machine: Machine,
-    now: Fit | None,
-    smaller: Callable[[], Iterator[tuple[str, Outline]]] | None,
-) -> Iterator[tuple[str, Outline, Machine]]:
-    record, experts = outline.manifest.record_bytes, outline.manifest.num_experts
+def _candidates(outline: Outline, machine: Machine, now: Fit | None) -> Iterator[tuple[str, Outline, Machine]]:
+    record, experts = outline.record_bytes, outline.num_experts
     ram = now.ram.budget if now else machine.ram
     if ram is not None and (now is None or now.ram.slots < experts):
         enough = ram + (experts - now.ram.slots) * record if now else 2 * ram
@@ -200,8 +193,8 @@ def _candidates(
         rates = machine.rates
         faster = rates._replace(disk=2 * rates.disk)
         yield f"a disk of {format_bytes(faster.disk)}/s", outline, replace(machine, rates=faster)
-    for what, other in smaller() if smaller else ():
-        yield what, other, machine
+    if outline.smaller is not None:
+        yield f"--trunk {outline.smaller.chosen.trunk_as}", outline.smaller, machine
 
 
 def _or_none(outline: Outline, machine: Machine, context: int | None) -> Fit | None:

@@ -11,12 +11,15 @@ from typing import NamedTuple
 
 from ..cache.units import format_bytes
 from .errors import VramBudgetError
+from .memory import Needs
 
 CUDA_CONTEXT = 400_000_000
 """What a process holds on the GPU before its first tensor: the driver's context, and the kernels of torch and cuBLAS.
 Drivers and cards differ (about 300 to 500 MB); measure it where a GPU is there."""
 CUDA_LIBRARIES = 700_000_000
 """What CUDA's libraries and the driver take in RAM beside: an assumption."""
+LEAVE_FREE = 0.08
+"""Share of the free memory of a device that an automatic budget leaves: screens, and what libraries take late."""
 STEP = 256
 """Contexts are proposed in multiples of this many tokens."""
 
@@ -103,6 +106,21 @@ def _refusal(needs: VramNeeds, vram: int) -> str:
         f"{size(needs.program)}, trunk {size(needs.trunk)}, KV cache {size(needs.kv)} for {needs.context:,} tokens, "
         f"workspace {size(needs.workspace)}{floor}; {remedy}"
     )
+
+
+def with_device(needs: Needs, layers: int, largest: int) -> tuple[VramNeeds, Needs]:
+    """What a device takes of a model's needs, one slot for each layer at least, and what is left to RAM: slots, and the
+    trunk's tensors on their way.
+
+    Args:
+        layers: MoE layers.
+        largest: bytes of the trunk's largest tensor.
+    """
+    passing = needs.step + largest
+    on_device = VramNeeds(
+        needs.trunk, needs.kv, needs.workspace, needs.record, needs.experts, needs.context, floor=layers
+    )
+    return on_device, needs._replace(trunk=0, kv=0, workspace=passing, step=passing)
 
 
 def longest_context(bytes_of: Callable[[int], int], room: int, longest: int) -> int:

@@ -8,15 +8,20 @@ from __future__ import annotations
 import csv
 import platform
 import subprocess
+import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
+
+from .pages import huge_pages
 
 _SMI_FIELDS = (
     "name,driver_version,memory.total,memory.free,compute_cap,"
     "pcie.link.gen.current,pcie.link.width.current,pcie.link.gen.max,pcie.link.width.max"
 )
 _DRIVER_FILES = Path("/proc/driver/nvidia")
+_GPU_FILES = ("nvidia*", "kfd", "dxg", "nvhost*", "nvmap", "dri/renderD*")
 _MIB = 1 << 20
 _LARGE_FILE = 64 << 20
 
@@ -118,6 +123,14 @@ def _gpus_of_driver_files(folder: Path) -> list[Gpu]:
     return found
 
 
+def may_have_gpu(devices: Path = Path("/dev")) -> bool:
+    """False where torch need not be asked: no driver has made a device of a kind that it could use."""
+    if sys.platform == "darwin":
+        return False
+    found = (path for pattern in _GPU_FILES for path in devices.glob(pattern))
+    return sys.platform != "linux" or next(found, None) is not None
+
+
 def torch_facts() -> TorchFacts:
     """Raises ImportError or OSError when torch cannot be imported."""
     import torch
@@ -165,22 +178,21 @@ def vram_rate(nbytes: int = 256 << 20, rounds: int = 3) -> float:
 
 def ram_rate(nbytes: int = 128 << 20, seconds: float = 0.15) -> float:
     """Bytes per second that all cores read of RAM together, by the native kernels or, without them, by numpy."""
-    from ..quant.native import NativePool, load_native
-    from .tiers import RamSlots
+    import numpy as np
 
-    data = RamSlots(1, nbytes).record(0)
-    data.fill_(1)
-    if load_native() is None:
-        array = data.numpy().view("u8")
-        read = array.max
-    else:
-        pool = NativePool()
-        read = lambda: pool.stream([data])  # noqa: E731
+    from ..quant.native_library import load_native, streaming
+
+    area, start = huge_pages(nbytes)
+    data = np.frombuffer(area, np.uint64, nbytes // 8, start)
+    data.fill(1)
+    library = load_native()
+    reading = nullcontext(data.max) if library is None else streaming(library, data.ctypes.data, nbytes)
     best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        begin = time.perf_counter()
-        read()
-        best = max(best, nbytes / (time.perf_counter() - begin))
+    with reading as read:
+        while time.perf_counter() < end:
+            begin = time.perf_counter()
+            read()
+            best = max(best, nbytes / (time.perf_counter() - begin))
     return best
 
 

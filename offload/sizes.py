@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -13,29 +13,12 @@ from ..quant.mxfp4 import GROUP as MX_GROUP
 from .config import DEFAULT_CODEC, DEFAULT_TRUNK, KEEP, MXFP4, default_trunk, kept_codec
 from .hf import Skeleton
 from .manifest import Manifest
+from .outline import Format
 from .packed_scheme import AWQ, GPTQ
 from .packing import PackedEntry
 
 _SMALLER_CODEC = "int4-g128-zp"
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-
-
-class Format(NamedTuple):
-    """A model in one format; sizes in bytes."""
-
-    experts_as: str
-    trunk_as: str
-    record: int
-    """One expert, the largest where layers differ."""
-    experts: int
-    """All of them."""
-    trunk: int
-    ships: bool = False
-    """The checkpoint itself, and not a store."""
-
-    @property
-    def total(self) -> int:
-        return self.experts + self.trunk
 
 
 def planned_manifest(skeleton: Skeleton, packable: set[str], name: str, codec: str, trunk: str) -> Manifest:
@@ -108,7 +91,7 @@ def usual_formats(
         format_of(planned_manifest(skeleton, packable, "", codec, trunk), dtype) for codec, trunk in stores.items()
     }
     formats |= {chosen, shipped, shipped_format(skeleton, packable, dtype, None)}
-    return sorted(formats, key=lambda one: -one.total)
+    return sorted(formats, key=lambda one: (-one.total, one.ships))
 
 
 def chosen_formats(kept: str | None, codec: str | None, trunk: str | None) -> tuple[str, str]:

@@ -10,24 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cache.hit_curve import RECORDED, HitCurve
-from ..quant.native import load_native, why_missing
-from ..quant.triton_kernels import load_triton
+from ..quant.native_library import load_native, why_missing
 from . import gguf_hub, hub, memory, probe
 from .apart import run_apart
 from .checkpoint_files import CONFIG
-from .config import DEFAULT_TRUNK
-from .device import default_device, kernel_obstacle, require_device
-from .device_tier import LEAVE_FREE
 from .disk_speed import direct_read_rate
 from .errors import MemoryBudgetError, UsageError
 from .estimate import Rates
 from .gguf_file import is_gguf, read_gguf
-from .gguf_tokenizer import write_tokenizer
 from .naming import locate
-from .outline import Outline, read_outline
+from .outline import Outline
+from .outline_cache import Known, OutlineCache
 from .outlook import Change, Fit, Machine, changes, fit
-from .placement import CUDA_CONTEXT
-from .tokenizer import load_tokenizer
+from .placement import CUDA_CONTEXT, LEAVE_FREE
 
 DISK_RATE, RAM_RATE, VRAM_RATE = 3.5e9, 40e9, 300e9
 """Assumed where nothing can be measured: an NVMe disk of PCIe 3, two channels of DDR4, a small graphics card."""
@@ -86,8 +81,7 @@ def survey(
     """
     native = load_native() is not None
     with _located(str(model)) as (path, more):
-        outline = read_outline(path, codec, trunk, native=native, gpu_kernels=_gpu_kernels(), **more)
-        program = _program_bytes(path, **more)
+        outline, program = _outline(path, codec=codec, trunk=trunk, native=native, gpu_kernels=_gpu_kernels(), **more)
     if context and context > outline.longest:
         raise UsageError(
             f"context {context:,} is more than the {outline.longest:,} tokens that this model was made for"
@@ -102,12 +96,7 @@ def survey(
     except MemoryBudgetError as error:
         refusal = str(error) if native else f"{error}. Without compiled kernels the trunk takes more: {why_missing()}"
 
-    def smaller() -> Iterator[tuple[str, Outline]]:
-        if outline.chosen.trunk_as == DEFAULT_TRUNK and not outline.is_store:
-            other = DEFAULT_TRUNK.replace("int8", "int4")
-            yield f"--trunk {other}", outline.of_trunk(other)
-
-    better = changes(outline, machine, context, fitted, smaller)
+    better = changes(outline, machine, context, fitted)
     return Survey(outline, machine, origins, fitted, refusal, why_missing(), better)
 
 
@@ -137,8 +126,24 @@ def _located(model: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         yield path, {"name": f"{name}/{path.name}", "sizes": {Path(p).name: n for p, n in found["sizes"].items()}}
 
 
-def _program_bytes(path: Path, name: str | None = None, sizes: Mapping[str, int] | None = None) -> int:
+def _outline(path: Path, **options: Any) -> Known:
+    """A model's outline, and what the process takes that has it loaded: from the last time, or else found."""
+    cache = OutlineCache(path, **options)
+    known = cache.read()
+    if known is None:
+        from .outline_reader import read_outline
+
+        outline = read_outline(path, **options)
+        known = Known(outline, _program_bytes(path, options.get("sizes")))
+        cache.write(known)
+    return known
+
+
+def _program_bytes(path: Path, sizes: Mapping[str, int] | None) -> int:
     """What Python, torch, the skeleton and the tokenizer take, and what libraries load with the first tokens."""
+    from .gguf_tokenizer import write_tokenizer
+    from .tokenizer import load_tokenizer
+
     tokenizer = load_tokenizer(path) if path.is_dir() else None
     if is_gguf(path):
         with tempfile.TemporaryDirectory(prefix="pocketmoe-") as folder:
@@ -152,11 +157,18 @@ def _program_bytes(path: Path, name: str | None = None, sizes: Mapping[str, int]
 
 def _gpu_kernels() -> bool:
     """Whether they can run on this machine's GPU; of one that is not here they are taken to."""
+    if not probe.may_have_gpu():
+        return True
+    from ..quant.triton_kernels import load_triton
+    from .device import default_device, kernel_obstacle, require_device
+
     name = default_device()
     return name == "cpu" or (kernel_obstacle(require_device(name)) is None and load_triton() is not None)
 
 
 def _free_vram() -> int | None:
+    if not probe.may_have_gpu():
+        return None
     import torch
 
     if not torch.cuda.is_available():
@@ -177,7 +189,7 @@ def _rates(path: Path, outline: Outline, given: Rates, gpu: bool) -> tuple[Rates
             return otherwise, ASSUMED
 
     file = probe.largest_file(path)
-    record = outline.manifest.record_bytes
+    record = outline.record_bytes
     ram, of_ram = rate(given.ram, probe.ram_rate, RAM_RATE)
     read = (lambda: direct_read_rate(file, record, _PROBE_S)) if file else None
     disk, of_disk = rate(given.disk, read, DISK_RATE)

@@ -7,7 +7,6 @@ for bit, for any number of threads and any spread of rows over calls; they diffe
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from .codecs import ExpertShape, RecordLayout, get_codec, packed_format
 from .int4 import Int4Format
 from .int8 import Int8Format
 from .mxfp4 import Mxfp4Format
-from .native_library import NativeError, NativeLibrary, build, load_native, main, why_missing
+from .native_library import NativeError, NativeLibrary, build, default_threads, load_native, main, why_missing
 
 if TYPE_CHECKING:
     from .kernels import ExpertJob
@@ -58,14 +57,6 @@ class Matrix(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("rows", "cols", "format", "group")),
     )
-
-
-def default_threads() -> int:
-    """The physical cores that this process may use."""
-    import psutil
-
-    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(logical, psutil.cpu_count(logical=False) or logical))
 
 
 class NativePool:

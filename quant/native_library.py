@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -114,6 +116,25 @@ def _load() -> tuple[NativeLibrary | None, str]:
 def load_native() -> NativeLibrary | None:
     """The library of native kernels, or None; the search is done once per process."""
     return _load()[0]
+
+
+def default_threads() -> int:
+    """The physical cores that this process may use."""
+    import psutil
+
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(logical, psutil.cpu_count(logical=False) or logical))
+
+
+@contextmanager
+def streaming(library: NativeLibrary, address: int, nbytes: int) -> Iterator[Callable[[], int]]:
+    """A function that reads every byte of some memory once with all threads: no kernel can be faster."""
+    pool = library.c.pm_create(default_threads(), None)
+    pointers, sizes = (ctypes.c_void_p * 1)(address), (ctypes.c_int64 * 1)(nbytes)
+    try:
+        yield lambda: library.c.pm_stream(pool, pointers, sizes, 1)
+    finally:
+        library.c.pm_destroy(pool)
 
 
 def why_missing() -> str:

@@ -15,6 +15,7 @@ from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.checkpoint_files import INDEX_FILE
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DataError, PocketMoEError
+from pocketmoe.offload.outline_reader import read_outline
 from pocketmoe.offload.store import verify_store
 from safetensors.torch import load_file, save_file
 
@@ -369,13 +370,16 @@ def test_a_damaged_config_is_refused(copy, content):
 @pytest.mark.parametrize(
     "change",
     [
-        {"hidden_size": "many"}, {"num_local_experts": 0}, {"num_hidden_layers": -1},
+        {"hidden_size": "many"}, {"num_local_experts": 0}, {"num_hidden_layers": -1}, {"num_hidden_layers": 10**9},
         {"num_attention_heads": 0}, {"dtype": "float13"}, {"hidden_act": "magic"}, {"num_experts_per_tok": 99},
+        {"num_local_experts": 10**9}, {"intermediate_size": 0}, {"num_key_value_heads": 3},
     ],
     ids=str,
 )  # fmt: skip
-def test_a_config_of_nonsense_is_refused(copy, change, tmp_path):
+def test_a_config_of_nonsense_is_refused_by_conversion_and_by_plans(copy, change, tmp_path):
     path = copy("granitemoe")
     edit_json(path / "config.json", **change)
     with pytest.raises(PocketMoEError):
         convert(CheckpointSource(path), tmp_path / "store")
+    with pytest.raises(PocketMoEError, match=r"config\.json"):
+        read_outline(path)

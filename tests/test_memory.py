@@ -7,9 +7,9 @@ import re
 import pytest
 from pocketmoe.cache.units import parse_bytes
 from pocketmoe.offload import memory
+from pocketmoe.offload.contexts import first_that_fits
 from pocketmoe.offload.errors import MemoryBudgetError
 from pocketmoe.offload.memory import Needs, adjust, make_plan
-from pocketmoe.offload.planning import first_that_fits
 
 MB = 1_000_000
 NEEDS = Needs(

@@ -14,7 +14,8 @@ from pocketmoe.offload.checkpoint import CheckpointSource
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.errors import DataError, UsageError
 from pocketmoe.offload.manifest import Manifest
-from pocketmoe.offload.outline import read_outline
+from pocketmoe.offload.outline_reader import read_outline
+from pocketmoe.offload.sizes import chosen_formats, planned_manifest
 from tiny import CHAT_VOCABULARY, add_tokenizer, make_checkpoint, make_mxfp4_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +38,8 @@ def test_a_published_config_alone_gives_the_published_size(name, tmp_path):
     assert outline.parameters == pytest.approx(billions * 1e9, rel=0.003)
     needs = outline.needs(4096, 0)
     assert needs.experts * needs.record == outline.chosen.experts
-    assert 0 < outline.trunk_read <= outline.trunk < outline.formats[0].total
-    assert 0 < needs.kv < outline.kv_bytes(2 * 4096)
+    assert 0 < outline.cpu.trunk_read <= outline.cpu.trunk < outline.formats[0].total
+    assert 0 < needs.kv < outline.cpu.kv.at(2 * 4096)
 
 
 def test_mxfp4_is_planned_to_keep_its_values_and_ships_in_the_published_size(tmp_path):
@@ -61,19 +62,22 @@ def test_mxfp4_is_planned_to_keep_its_values_and_ships_in_the_published_size(tmp
 )
 def test_a_store_turns_out_as_planned(family, codec, trunk, tmp_path):
     make_checkpoint(tmp_path / "source", family, torch.bfloat16, vocab_size=1024, **LARGER)
-    planned = read_outline(tmp_path / "source", codec, trunk).manifest
-    made = Manifest.read(convert(CheckpointSource(tmp_path / "source"), tmp_path / "store", codec, trunk=trunk))
+    source = CheckpointSource(tmp_path / "source")
+    planned = planned_manifest(source.skeleton, source.packable(), "", *chosen_formats(None, codec, trunk))
+    made = Manifest.read(convert(source, tmp_path / "store", codec, trunk=trunk))
     for what in ("layers", "codec", "record_bytes", "trunk_bytes", "trunk_packed"):
         assert getattr(planned, what) == getattr(made, what), what
-    outline = read_outline(tmp_path / "store")
-    assert outline.chosen.total == made.trunk_bytes + made.num_experts * made.record_bytes
+    before, after = read_outline(tmp_path / "source", codec, trunk), read_outline(tmp_path / "store")
+    assert before.chosen == after.chosen
+    assert before.needs(4096, 0) == after.needs(4096, 0)
+    assert after.chosen.total == made.trunk_bytes + made.num_experts * made.record_bytes
 
 
 def test_a_checkpoint_of_mxfp4_is_planned_as_it_is_converted(tmp_path):
     make_mxfp4_checkpoint(tmp_path / "source", torch.bfloat16)
-    planned = read_outline(tmp_path / "source").manifest
+    planned = read_outline(tmp_path / "source")
     made = Manifest.read(convert(CheckpointSource(tmp_path / "source"), tmp_path / "store", "mxfp4"))
-    assert (planned.codec, planned.record_bytes, planned.trunk_bytes) == ("mxfp4", made.record_bytes, made.trunk_bytes)
+    assert (planned.codec, planned.record_bytes, planned.chosen.trunk) == ("mxfp4", made.record_bytes, made.trunk_bytes)
 
 
 @pytest.mark.parametrize("name", ["openai/gpt-oss-20b", "deepseek-ai/DeepSeek-V2-Lite-Chat", "LiquidAI/LFM2-8B-A1B"])

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from pocketmoe.cli.main import app
+from pocketmoe.offload import outline_reader
 from pocketmoe.offload import survey as survey_module
 from pocketmoe.offload.errors import MemoryBudgetError
 from pocketmoe.offload.estimate import Rates
-from pocketmoe.offload.outline import read_outline
+from pocketmoe.offload.outline_reader import read_outline
 from pocketmoe.offload.outlook import Machine, changes, fit
 from typer.testing import CliRunner
 
@@ -49,7 +50,7 @@ def read_once(path, codec=None, trunk=None, **options):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(survey_module, "read_outline", read_once)
+    monkeypatch.setattr(outline_reader, "read_outline", read_once)
 
 
 def write(tmp_path, name, **changed):
@@ -65,9 +66,9 @@ def test_without_a_gpu_everything_shares_the_ram(outlines):
     model = outlines("openai/gpt-oss-120b")
     placed = fit(model, MACHINE)
     assert placed.vram is None
-    assert placed.ram.needs.trunk == model.trunk
+    assert placed.ram.needs.trunk == model.cpu.trunk
     assert placed.ram.slot_bytes + placed.ram.needs.fixed_in_answers <= 27 * GB
-    assert placed.on_disk == model.manifest.num_experts - placed.ram.slots
+    assert placed.on_disk == model.num_experts - placed.ram.slots
     assert placed.longest >= 4096
 
 
@@ -76,7 +77,7 @@ def test_a_gpu_takes_trunk_and_cache_and_leaves_the_ram_to_experts(outlines):
     alone, placed = fit(model, MACHINE), fit(model, replace(MACHINE, vram=8 * GB))
     assert placed.vram is not None
     assert (placed.ram.needs.trunk, placed.ram.needs.kv) == (0, 0)
-    assert placed.vram.needs.trunk == model.on_gpu.trunk == model.trunk  # it stays packed
+    assert placed.vram.needs.trunk == model.gpu.trunk == model.cpu.trunk  # it stays packed
     assert placed.vram.slots > 0
     assert placed.ram.slots > alone.ram.slots
     assert placed.tokens_per_second > alone.tokens_per_second
@@ -113,7 +114,7 @@ def test_what_does_not_fit_is_refused_and_what_would_make_it_fit_is_found(outlin
     with pytest.raises(MemoryBudgetError, match="needs at least"):
         fit(model, replace(MACHINE, ram=24 * GB))
     found = changes(model, replace(MACHINE, ram=24 * GB), None, None)
-    assert [change.what for change in found] == ["48.0 GB of RAM"]
+    assert [change.what for change in found] == ["48.0 GB of RAM", "--trunk int4-g32"]
 
 
 def test_the_best_change_comes_first_and_only_what_helps_is_named(outlines):
@@ -125,7 +126,8 @@ def test_the_best_change_comes_first_and_only_what_helps_is_named(outlines):
     assert speeds == sorted(speeds, reverse=True)
     assert speeds[-1] > now.tokens_per_second
     all_in_ram = replace(MACHINE, ram=200 * GB)
-    assert changes(model, all_in_ram, None, fit(model, all_in_ram)) == []
+    more = changes(replace(model, smaller=None), all_in_ram, None, fit(model, all_in_ram))
+    assert more == []
 
 
 def test_the_longest_context_is_the_last_that_loading_would_accept(outlines):
