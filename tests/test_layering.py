@@ -29,10 +29,10 @@ ORDER = {
     ),
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (
-        "errors packed_scheme config placement contexts estimate memory device pages simulated_device "
-        "resident_table source apart template_worker templates checkpoint_files hub_name naming hub "
+        "errors packed_scheme config estimate memory placement contexts workspace outline device pages "
+        "simulated_device resident_table source apart template_worker templates checkpoint_files hub_name naming hub "
         "hf_families kv_cache hf_experts hf_norms hf gptq_awq prequantized hf_keys hf_layers foresight "
-        "workspace outline sizes byte_level tiktoken_file checkpoint hub_source fit convert store tiers "
+        "sizes byte_level tiktoken_file checkpoint hub_source fit convert store tiers "
         "ram_table uploads transfer predictor prefetch warm_start reads recorder choices recovery "
         "runtime below admissions after_prompt device_runtime device_tier planning lean reasoning "
         "generate tokenizer model gguf_file gguf_config gguf_tensor gguf_tokenizer gguf_llama "
