@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections.abc import Iterator
-from math import sqrt
+from math import exp, sqrt
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,8 @@ class Lookback:
         self._used = np.zeros((0, WINDOW), np.uint8)  # the same by expert: 1 where it was chosen
         self._tokens = 0
         self._stride = -(-cycle // COMPARED) or 1
-        self._sharpness = 2.0 / sqrt(cycle // self._stride or 1)  # overlaps spread like the root of what can overlap
+        sharpness = 2.0 / sqrt(cycle // self._stride or 1)  # overlaps spread like the root of what can overlap
+        self._weights = np.array([exp(-sharpness * fewer) for fewer in range(COMPARED + 1)])
 
     def shares(self, chosen: Array, columns: int) -> Array:
         """A token has chosen these: each expert's share, 0 to 1, of the votes for what comes after the next one."""
@@ -53,13 +54,14 @@ class Lookback:
         now = (self._tokens - 1) % WINDOW
         likeness = self._used[chosen[:: self._stride]].sum(axis=0, dtype=np.uint16)
         likeness[[now, now - 1]] = 0  # nothing that votes has come after them
-        nearest = np.argpartition(likeness, -NEAREST)[-NEAREST:]
-        alike = likeness[nearest].astype(float)
-        weights = np.exp(self._sharpness * (alike - alike.max())) * (alike > 0)
+        nearest = np.argsort(likeness, kind="stable")[-NEAREST:]
+        alike = likeness[nearest]
+        weights = self._weights[alike[-1] - alike] * (alike > 0)
         known = ((now - nearest) % WINDOW)[:, None] >= AFTER
         votes = weights[:, None] * WEIGHTS * known
         voters = self._chosen[(nearest[:, None] + AFTER) % WINDOW]
-        each = np.repeat(votes / max(votes.sum(), 1e-9), self._chosen.shape[1])
+        total = votes.cumsum()[-1]  # in this order, as `Lookback` in csrc/analog.h has it
+        each = np.repeat(votes / max(total, 1e-9), self._chosen.shape[1])
         return np.bincount(voters.ravel(), each, columns)
 
     def _add(self, chosen: Array, columns: int) -> None:
