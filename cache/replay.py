@@ -16,8 +16,9 @@ from __future__ import annotations
 import heapq
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import cycle, repeat
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,53 +27,76 @@ from .policy import EvictionPolicy, get_policy
 from .trace import DECODE, Trace
 
 OPTIMUM = "belady"
+Array = np.ndarray[Any, Any]
 Step = tuple[ExpertId, ...]
 """The distinct experts of one layer in one token, ascending; empty where a layer chose none."""
+NONE = -1
 _NOBODY = float("inf")
 
 
 class Requests:
-    """The decoded tokens of a trace as lists of steps, one list per sequence, L steps per token."""
+    """The decoded tokens of a trace.
+
+    `chosen` is int32 [T, L, k]: the distinct experts of a layer in a token, ascending, NONE where there are fewer.
+    """
 
     def __init__(self, trace: Trace, warm: bool = False) -> None:
         decoded = trace.phase == DECODE
-        chosen, seq = np.sort(trace.experts[decoded], axis=2), trace.seq[decoded]
+        chosen, seq = np.sort(trace.experts[decoded], axis=2).astype(np.int32), trace.seq[decoded]
+        again = np.zeros(chosen.shape, bool)
+        again[..., 1:] = chosen[..., 1:] == chosen[..., :-1]
+        self.chosen = np.where(again | (chosen >= trace.num_experts), NONE, chosen)
         self.layers, self.experts, self.top_k = trace.layers, trace.layers * trace.num_experts, trace.top_k
         self.tokens = len(chosen)
-        ids = [[ExpertId(layer, index) for index in range(trace.num_experts)] for layer in range(trace.layers)]
-        flat = [ids[i // trace.num_experts][i % trace.num_experts] for i in range(self.experts)]
-        plain = chosen.size == 0 or (
-            chosen.max() < trace.num_experts and not np.any(chosen[..., 1:] == chosen[..., :-1])
-        )
-        if plain:  # by far the most usual, and by far the fastest
-            numbers = chosen.astype(np.int64) + np.arange(trace.layers)[:, None] * trace.num_experts
-            steps = list(zip(*[map(flat.__getitem__, numbers.ravel().tolist())] * trace.top_k, strict=True))
-        else:
-            rows = chosen.reshape(-1, trace.top_k).tolist()
-            none = trace.num_experts
-            steps = [
-                tuple(ids[i % trace.layers][e] for e in dict.fromkeys(row) if e < none) for i, row in enumerate(rows)
-            ]
-        ends = [len(chosen)] if warm else [*(np.flatnonzero(np.diff(seq)) + 1).tolist(), len(chosen)]
-        starts = [0, *ends[:-1]]
-        self.sequences = [steps[a * self.layers : b * self.layers] for a, b in zip(starts, ends, strict=True)]
+        self._starts = [] if warm else (np.flatnonzero(np.diff(seq)) + 1).tolist()
 
-    @classmethod
-    def of_steps(cls, steps: Sequence[Step], layers: int, experts: int, top_k: int) -> Requests:
-        """One sequence from its steps, L per token; `experts` of all layers together."""
-        requests = cls.__new__(cls)
-        requests.layers, requests.experts, requests.top_k = layers, experts, top_k
-        requests.tokens, requests.sequences = len(steps) // layers, [list(steps)]
-        return requests
+    @property
+    def sequences(self) -> list[Array]:
+        """`chosen` of each."""
+        return np.split(self.chosen, self._starts)
 
     @property
     def total(self) -> int:
-        return sum(len(step) for steps in self.sequences for step in steps)
+        return int(np.count_nonzero(self.chosen != NONE))
 
     @property
     def compulsory(self) -> int:
         """First requests for an expert in a sequence: no cache can hit them."""
-        return sum(len({expert for step in steps for expert in step}) for steps in self.sequences)
+        used = np.zeros((self.layers, self.experts // self.layers + 1), bool)
+        count = 0
+        for chosen in self.sequences:
+            used[:] = False
+            used[np.arange(self.layers)[:, None], chosen] = True  # NONE is the last column
+            count += int(np.count_nonzero(used[:, :-1]))
+        return count
+
+
+def steps_of(chosen: Array) -> list[Step]:
+    """[T, L, k], NONE where there are fewer, as L steps per token."""
+    layers, experts = chosen.shape[1], int(chosen.max(initial=0)) + 1
+    ids = [[ExpertId(layer, index) for index in range(experts)] for layer in range(layers)]
+    rows = chosen.reshape(-1, chosen.shape[2]).tolist()
+    return [tuple([of_layer[e] for e in row if e >= 0]) for row, of_layer in zip(rows, cycle(ids), strict=False)]
+
+
+def chosen_of(steps: Sequence[Step], layers: int, top_k: int) -> Array:
+    """int32 [T, L, k]: what `steps_of` undoes."""
+    rows = [[*(expert[1] for expert in step), *[NONE] * (top_k - len(step))] for step in steps]
+    return np.array(rows, np.int32).reshape(-1, layers, top_k)
+
+
+class Replayer(Protocol):
+    """Serves the requests of one sequence, `chosen` as in `Requests`, by the rules above. The floor of a layer is k."""
+
+    def misses(self, chosen: Array, policy: str, slots: int) -> Array:
+        """Integers [T, L]: how many experts of each step the policy of that name, or OPTIMUM, has missed with one pool
+        of `slots` slots, L x k at least."""
+        ...
+
+    def lru_depths(self, chosen: Array) -> Array:
+        """Integers [T, L, k]: for each request of a step, in order, with how many slots and more it is a hit of LRU;
+        then, and where it never is, 0."""
+        ...
 
 
 class Result(NamedTuple):
@@ -89,7 +113,9 @@ class Result(NamedTuple):
         return self.hits / self.requests if self.requests else None
 
 
-def replay(requests: Requests, policy: str, slots: int, per_layer: bool = False) -> Result:
+def replay(
+    requests: Requests, policy: str, slots: int, per_layer: bool = False, replayer: Replayer | None = None
+) -> Result:
     """Serve all requests with `slots` slots under the policy of that name, or OPTIMUM.
 
     `per_layer` gives each layer a pool of its own, of `slots // layers`. Raises ValueError when the slots are below the
@@ -100,16 +126,49 @@ def replay(requests: Requests, policy: str, slots: int, per_layer: bool = False)
         raise ValueError(
             f"{slots} slots are too few: {layers} layers with a floor of {floor} experts need {layers * floor}."
         )
-    misses = [0] * layers
-    for steps in requests.sequences:
+    serve = (replayer or PlainReplayer()).misses
+    misses = np.zeros(layers, np.int64)
+    for chosen in requests.sequences:
         if per_layer:
-            for layer in range(layers):
-                misses[layer] += sum(misses_by_step(steps[layer::layers], policy, slots // layers, 1, floor))
+            misses += [serve(chosen[:, [layer]], policy, slots // layers).sum() for layer in range(layers)]
         else:
-            by_step = misses_by_step(steps, policy, slots, layers, floor)
-            misses = [count + sum(by_step[layer::layers]) for layer, count in enumerate(misses)]
+            misses += serve(chosen, policy, slots).sum(axis=0)
     total = requests.total
-    return Result(policy, slots, total, total - sum(misses), tuple(misses))
+    return Result(policy, slots, total, total - int(misses.sum()), tuple(misses.tolist()))
+
+
+def lru_curve(requests: Requests, replayer: Replayer | None = None) -> list[int]:
+    """Hits of LRU with 0, 1, 2 ... slots, all from one pass: Mattson's stack (1970).
+
+    Valid from a cycle (layers x top-k slots) on, where floors and locks never bind: whatever LRU evicts there is older
+    than a whole token, and so than the latest top-k experts of every layer. Only the order of experts that are chosen
+    together differs from `replay`, which touches hits before misses.
+    """
+    found = np.zeros(requests.experts + 1, np.int64)
+    for chosen in requests.sequences:
+        found += np.bincount((replayer or PlainReplayer()).lru_depths(chosen).ravel(), minlength=len(found))
+    found[0] = 0
+    return np.cumsum(found).tolist()
+
+
+class PlainReplayer:
+    """The reference, in Python."""
+
+    def misses(self, chosen: Array, policy: str, slots: int) -> Array:
+        _, layers, floor = chosen.shape
+        found = misses_by_step(steps_of(chosen), policy, slots, layers, floor)
+        return np.array(found, np.int32).reshape(-1, layers)
+
+    def lru_depths(self, chosen: Array) -> Array:
+        depths = np.zeros(chosen.shape, np.int32)
+        letters: dict[ExpertId, str] = {}
+        stack = ""  # latest first; one letter per expert, because a string is searched at the speed of memory
+        for step, row in zip(steps_of(chosen), depths.reshape(-1, chosen.shape[2]), strict=True):
+            word = [letters.setdefault(expert, chr(len(letters))) for expert in step]
+            row[: len(word)] = [stack.find(letter) + 1 for letter in word]
+            for letter in word:
+                stack = letter + stack.replace(letter, "", 1)
+        return depths
 
 
 def misses_by_step(steps: Sequence[Step], policy: str, slots: int, layers: int, floor: int) -> list[int]:
@@ -125,11 +184,10 @@ def _serve(steps: Sequence[Step], policy: EvictionPolicy, slots: int, layers: in
     misses = [0] * len(steps)
     touch, insert, remove, victims, stale = policy.touch, policy.insert, policy.remove, policy.victims, policy.stale
     ranks, resident, free = policy.ranks, set[ExpertId](), slots
-    width = 1 + max((step[0][0] for step in steps if step), default=0)  # a pool per layer has one layer's steps only
-    counts = [0] * width
-    heads: list[ExpertId | None] = [None] * width
-    lowest: list[float] = [_NOBODY] * width  # each layer's lowest rank
-    offers: list[float] = [_NOBODY] * width  # the same where the layer is above its floor
+    counts = [0] * layers
+    heads: list[ExpertId | None] = [None] * layers
+    lowest: list[float] = [_NOBODY] * layers  # each layer's lowest rank
+    offers: list[float] = [_NOBODY] * layers  # the same where the layer is above its floor
     for at, step in enumerate(steps):
         missing = []
         for expert in step:
@@ -202,31 +260,6 @@ def _optimum(steps: Sequence[Step], slots: int) -> list[int]:
     return misses
 
 
-def lru_curve(requests: Requests) -> list[int]:
-    """Hits of LRU with 0, 1, 2 ... slots, all from one pass: Mattson's stack (1970).
-
-    Valid from a cycle (layers x top-k slots) on, where floors and locks never bind: whatever LRU evicts there is older
-    than a whole token, and so than the latest top-k experts of every layer. Only the order of experts that are chosen
-    together differs from `replay`, which touches hits before misses.
-    """
-    found = [0] * (requests.experts + 1)  # by the number of slots from which on a request is a hit
-    for steps in requests.sequences:
-        letters: dict[ExpertId, str] = {}
-        stack = ""  # latest first; one letter per expert, because a string is searched at the speed of memory
-        for step in steps:
-            word = [letters.setdefault(expert, chr(len(letters))) for expert in step]
-            places = sorted((place for letter in word if (place := stack.find(letter)) >= 0), reverse=True)
-            for place in places:
-                found[place + 1] += 1
-                stack = stack[:place] + stack[place + 1 :]
-            stack = "".join(reversed(word)) + stack
-    hits, total = [], 0
-    for count in found:
-        total += count
-        hits.append(total)
-    return hits
-
-
 class Case(NamedTuple):
     """One line of a comparison."""
 
@@ -235,23 +268,27 @@ class Case(NamedTuple):
 
 
 def compare(
-    trace: Trace, cases: Sequence[Case], warm: bool = False, per_layer: bool = False, jobs: int | None = None
+    requests: Requests,
+    cases: Sequence[Case],
+    per_layer: bool = False,
+    jobs: int | None = None,
+    replayer: Replayer | None = None,
 ) -> Iterator[Result]:
     """Replay all cases, `jobs` at a time (default: one per core), and yield their results in order."""
     jobs = min(jobs or os.cpu_count() or 1, len(cases))
-    if jobs <= 1:
-        requests = Requests(trace, warm)
-        yield from (replay(requests, *case, per_layer) for case in cases)
+    if replayer is None and jobs > 1:  # threads would take turns in Python
+        with ProcessPoolExecutor(jobs, initializer=_prepare, initargs=(requests,)) as pool:
+            yield from pool.map(_replay_prepared, cases, repeat(per_layer))
         return
-    with ProcessPoolExecutor(jobs, initializer=_prepare, initargs=(trace, warm)) as pool:
-        yield from pool.map(_replay_prepared, cases, [per_layer] * len(cases))
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda case: replay(requests, *case, per_layer=per_layer, replayer=replayer), cases)
 
 
 _prepared: list[Requests] = []
 
 
-def _prepare(trace: Trace, warm: bool) -> None:
-    _prepared.append(Requests(trace, warm))
+def _prepare(requests: Requests) -> None:
+    _prepared.append(requests)
 
 
 def _replay_prepared(case: Case, per_layer: bool) -> Result:

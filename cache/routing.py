@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .expert import ExpertId
-from .replay import Requests, Step
+from .replay import Requests, Step, steps_of
 from .trace import DECODE, Array, Trace
 
 POPULAR, TASTE, MOOD, FADE = 1.2, 1.3, 1.0, 0.65
@@ -56,7 +56,7 @@ def recorded(trace: Trace, tokens: int) -> Routing:
     A single sequence is cut in two. Raises ValueError when the trace holds fewer than two decoded tokens.
     """
     layers = trace.layers
-    sequences = [steps for steps in Requests(trace).sequences if steps]
+    sequences = [steps_of(chosen) for chosen in Requests(trace).sequences if len(chosen)]
     if len(sequences) == 1:
         half = len(sequences[0]) // layers // 2 * layers
         sequences = [part for part in (sequences[0][:half], sequences[0][half:]) if part]

@@ -38,6 +38,7 @@ def replay(
     names = _policies(policy)
     from ..cache.replay import OPTIMUM, Case, Requests, compare, lru_curve
     from ..cache.trace import read_trace
+    from ..offload.replaying import native_replayer
 
     try:
         recorded = read_trace(trace)
@@ -51,10 +52,9 @@ def replay(
         raise DataError(f"{trace} holds no decoded token: record an answer of at least two tokens.")
     if not json:
         say(_title(recorded, requests, warm, per_layer))
-    results = list(
-        compare(recorded, [Case(name, n) for n in sizes for name in (OPTIMUM, *names)], warm, per_layer, jobs)
-    )
-    curve = [] if per_layer else lru_curve(requests)
+    cases, replayer = [Case(name, n) for n in sizes for name in (OPTIMUM, *names)], native_replayer(say)
+    results = list(compare(requests, cases, per_layer, jobs, replayer))
+    curve = [] if per_layer else lru_curve(requests, replayer)
     if json:
         print(jsonlib.dumps(_as_data(trace, recorded, requests, results, curve, warm, per_layer)))
         return

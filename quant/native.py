@@ -18,7 +18,7 @@ from .codecs import ExpertShape, RecordLayout, get_codec, packed_format
 from .int4 import Int4Format
 from .int8 import Int8Format
 from .mxfp4 import Mxfp4Format
-from .native_library import NativeError, NativeLibrary, build, default_threads, load_native, main, why_missing
+from .native_library import NativeError, NativeLibrary, build, check, default_threads, load_native, main, why_missing
 
 if TYPE_CHECKING:
     from .kernels import ExpertJob
@@ -30,6 +30,7 @@ __all__ = [
     "NativeMatrix",
     "NativePool",
     "build",
+    "check",
     "default_threads",
     "load_native",
     "why_missing",
@@ -140,12 +141,6 @@ class NativePool:
     def close(self) -> None:
         """End the worker threads. Kernels made with this pool must not be used afterwards."""
         self._close()
-
-
-def check(status: int, what: str) -> None:
-    """Raises NativeError for a status that is not PM_OK."""
-    if status:
-        raise NativeError(f"{what}: " + {1: "out of memory", 2: "bad argument"}.get(status, f"status {status}"))
 
 
 def _format_fields(fmt: PackedFormat) -> dict[str, int]:

@@ -17,11 +17,17 @@ from pathlib import Path
 
 from . import native_build
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 
 class NativeError(RuntimeError):
     """A call that the library refused, or memory that it could not get."""
+
+
+def check(status: int, what: str) -> None:
+    """Raises NativeError for a status that is not PM_OK."""
+    if status:
+        raise NativeError(f"{what}: " + {1: "out of memory", 2: "bad argument"}.get(status, f"status {status}"))
 
 
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -47,6 +53,8 @@ _FUNCTIONS = {
     "pm_head": ((_POINTER, _POINTER, _POINTER, ctypes.c_float, _POINTER, _POINTER, _POINTER), _INT),
     "pm_mlp": ((_POINTER, _POINTER, _POINTER, _INT, _POINTER), _INT),
     "pm_combine": ((_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER), _INT),
+    "pm_replay": ((_POINTER, ctypes.c_char_p, _SIZE, _POINTER), _INT),
+    "pm_lru_depths": ((_POINTER, _POINTER), _INT),
     "pm_stream": ((_POINTER, _POINTER, _POINTER, _SIZE), ctypes.c_uint64),
 }
 

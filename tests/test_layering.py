@@ -18,7 +18,7 @@ MOST_LINES = 400
 # A file imports only files to its left. Those that are not named here are free, as long as nothing goes in circles.
 ORDER = {
     "quant": (
-        "int4 int8 mxfp4 nf4 codecs kernels native native_step native_layers native_edges "
+        "int4 int8 mxfp4 nf4 codecs kernels native_replay native native_step native_layers native_edges "
         "triton_kernels linear triton_linear"
     ),
     "cache": (

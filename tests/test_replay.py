@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import itertools
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 from pocketmoe.cache.expert import ExpertId
 from pocketmoe.cache.manager import ExpertCache
 from pocketmoe.cache.policy import get_policy, policy_names
-from pocketmoe.cache.replay import OPTIMUM, Case, Requests, Step, compare, lru_curve, replay
-from pocketmoe.cache.trace import DECODE, PREFILL, Trace, read_trace
-
-COLLECTION = Path(__file__).resolve().parent.parent.parent / "shared/traces/gpt-oss-20b_decode.npz"
+from pocketmoe.cache.replay import OPTIMUM, Case, Requests, Step, chosen_of, compare, lru_curve, replay, steps_of
+from pocketmoe.cache.trace import DECODE, PREFILL, Trace
 
 
 def make_trace(tokens: int, layers: int, experts: int, top_k: int, sequences: int = 1, seed: int = 0) -> Trace:
@@ -75,7 +72,7 @@ def fewest_misses(steps: list[Step], slots: int) -> int:
 @pytest.mark.parametrize("slots", [4, 5, 6])
 def test_the_optimum_is_the_fewest_misses_that_any_choice_gives(seed, slots):
     requests = Requests(make_trace(9, layers=2, experts=5, top_k=2, seed=seed))
-    assert sum(replay(requests, OPTIMUM, slots).misses_by_layer) == fewest_misses(requests.sequences[0], slots)
+    assert sum(replay(requests, OPTIMUM, slots).misses_by_layer) == fewest_misses(steps_of(requests.chosen), slots)
 
 
 @pytest.mark.parametrize("policy", policy_names())
@@ -92,7 +89,9 @@ def test_a_request_is_a_distinct_expert_and_none_is_not_one():
     chosen = np.array([[[3, 1, 3], [none, none, none]], [[1, 1, 1], [2, none, 0]]], np.uint8)
     requests = Requests(Trace(chosen, np.zeros(2), np.full(2, DECODE), 4))
     first, second = [ExpertId(0, 1), ExpertId(0, 3)], [ExpertId(1, 0), ExpertId(1, 2)]
-    assert requests.sequences == [[tuple(first), (), (first[0],), tuple(second)]]
+    steps = steps_of(requests.chosen)
+    assert steps == [tuple(first), (), (first[0],), tuple(second)]
+    assert steps_of(chosen_of(steps, 2, 3)) == steps
     assert (requests.total, requests.compulsory) == (5, 4)
     assert replay(requests, "lru", 8).hits == 1
 
@@ -102,7 +101,7 @@ def test_prefill_is_left_out():
     phase = np.array([PREFILL] * 4 + [DECODE] * 6)
     mixed = Requests(Trace(trace.experts, trace.seq, phase, 6))
     alone = Requests(Trace(trace.experts[4:], trace.seq[4:], phase[4:], 6))
-    assert mixed.sequences == alone.sequences
+    assert np.array_equal(mixed.chosen, alone.chosen)
     assert mixed.tokens == 6
 
 
@@ -145,9 +144,9 @@ def test_too_few_slots_are_refused_with_the_numbers():
 def test_replays_side_by_side_give_the_results_of_one_after_the_other():
     trace = make_trace(100, layers=3, experts=8, top_k=2, sequences=2)
     cases = [Case(policy, slots) for slots in (8, 14) for policy in (OPTIMUM, "lru", "forecast")]
-    results = list(compare(trace, cases, jobs=1))
+    results = list(compare(Requests(trace), cases, jobs=1))
     assert [(result.policy, result.slots) for result in results] == cases
-    assert list(compare(trace, cases, jobs=2)) == results
+    assert list(compare(Requests(trace), cases, jobs=2)) == results
 
 
 @pytest.mark.parametrize("name", ["LRUCache", "FIFOCache"])
@@ -156,16 +155,9 @@ def test_with_one_layer_and_single_experts_we_are_the_textbooks_cache(name):
     requests = Requests(make_trace(2000, layers=1, experts=40, top_k=1))
     for slots in (1, 3, 10, 25):
         reference, hits = getattr(cachetools, name)(slots), 0
-        for (expert,) in requests.sequences[0]:
+        for (expert,) in steps_of(requests.chosen):
             if reference.get(expert):
                 hits += 1
             else:
                 reference[expert] = True
         assert replay(requests, name.removesuffix("Cache").lower(), slots).hits == hits
-
-
-@pytest.mark.skipif(not COLLECTION.exists(), reason="the collection of published traces is not beside the repository")
-def test_published_routing_gives_the_known_hit_rates():
-    requests = Requests(read_trace(COLLECTION))
-    rates = {name: replay(requests, name, 460).hit_rate for name in ("lru", OPTIMUM)}
-    assert rates == pytest.approx({"lru": 0.937, OPTIMUM: 0.962}, abs=0.001)

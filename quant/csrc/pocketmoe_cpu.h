@@ -15,7 +15,7 @@
 #endif
 
 // Raised whenever a structure or a signature below changes; quant/native.py refuses another number.
-#define PM_ABI_VERSION 4
+#define PM_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -164,6 +164,14 @@ typedef struct {
     const int64_t* next_records;  // of the layer that the guess is for
 } pm_layer;
 
+// What the layers of a model have chosen for consecutive tokens.
+typedef struct {
+    const int32_t* chosen;  // [tokens, layers, top_k]: distinct experts of the layer, ascending; negative = none
+    int64_t tokens;
+    int32_t layers, top_k;
+    int32_t experts;        // of each layer
+} pm_requests;
+
 PM_API int32_t pm_abi_version(void);
 
 // Names the sources that the library was compiled from (quant/native_build.py).
@@ -218,6 +226,15 @@ PM_API int32_t pm_combine(pm_context* context, const float* parts, const int32_t
 
 // Reads every byte of the buffers once with all threads: the speed that no kernel can exceed. Returns their XOR.
 PM_API uint64_t pm_stream(pm_context* context, const uint8_t* const* buffers, const int64_t* nbytes, int64_t n);
+
+// Serves the requests with one pool of `slots` slots, empty at first, under an eviction policy of that name or "belady",
+// as cache/replay.py describes: misses [tokens, layers] = how many experts were missing. Takes no context.
+PM_API int32_t pm_replay(const pm_requests* requests, const char* policy, int64_t slots, int32_t* misses);
+
+// depths [tokens, layers, top_k] = for each request of a step, in order, with how many slots and more it is a hit of
+// least-recently-used eviction; then, and where it never is, 0. Experts that are chosen together count as used one after
+// the other. Takes no context.
+PM_API int32_t pm_lru_depths(const pm_requests* requests, int32_t* depths);
 
 #ifdef __cplusplus
 }

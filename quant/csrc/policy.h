@@ -1,0 +1,77 @@
+// Eviction policies for replays: the compiled twins of those in cache/policy.py, which say what each is about.
+#ifndef POCKETMOE_POLICY_H
+#define POCKETMOE_POLICY_H
+
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace pm {
+
+constexpr double ABSENT = std::numeric_limits<double>::infinity();
+
+// Experts are numbered layer by layer: layer * experts + index.
+struct Pool {
+    int32_t layers, experts;  // experts per layer
+    int64_t slots;
+    int64_t cycle;  // experts that a token touches, at most
+
+    int32_t size() const { return layers * experts; }
+};
+
+struct Victim {
+    int32_t expert = -1;
+    double rank = ABSENT;
+};
+
+// Residents have a key each; of a layer the lowest leaves first, of equals the lowest expert.
+class Policy {
+   public:
+    explicit Policy(const Pool& pool) : pool_(pool), keys_(pool.size(), ABSENT), stale_(pool.layers, 1) {}
+    virtual ~Policy() = default;
+
+    virtual void insert(int32_t expert) = 0;
+    virtual void touch(int32_t expert) = 0;
+    virtual void remove(int32_t expert) { set_key(expert, ABSENT); }
+    virtual void tick() {}
+
+    bool holds(int32_t expert) const { return keys_[expert] != ABSENT; }
+
+    // Who leaves the layer next, and its place in the order of all layers.
+    Victim next_victim(int32_t layer, const uint8_t* locked) const {
+        Victim next;
+        for (int32_t expert = first_of(layer); expert < first_of(layer + 1); expert++)
+            if (keys_[expert] < next.rank && !locked[expert]) next = {expert, keys_[expert]};
+        if (next.expert >= 0) next.rank = rank(next.expert);
+        return next;
+    }
+
+    // Whether the order of the layer may have changed since this was last asked.
+    bool take_stale(int32_t layer) { return std::exchange(stale_[layer], uint8_t{0}) != 0; }
+    void mark_stale(int32_t layer) { stale_[layer] = 1; }
+
+   protected:
+    virtual double rank(int32_t expert) const { return keys_[expert]; }
+
+    void set_key(int32_t expert, double key) {
+        keys_[expert] = key;
+        mark_stale(layer_of(expert));
+    }
+    double key(int32_t expert) const { return keys_[expert]; }
+    int32_t layer_of(int32_t expert) const { return expert / pool_.experts; }
+    int32_t first_of(int32_t layer) const { return layer * pool_.experts; }
+
+    const Pool pool_;
+
+   private:
+    std::vector<double> keys_;
+    std::vector<uint8_t> stale_;
+};
+
+// Null for a name that is not known.
+std::unique_ptr<Policy> make_policy(const char* name, const Pool& pool);
+
+}  // namespace pm
+#endif

@@ -1,0 +1,205 @@
+// pm_replay and pm_lru_depths: the compiled twins of what cache/replay.py describes and does.
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <queue>
+
+#include "pocketmoe_cpu.h"
+#include "policy.h"
+
+namespace pm {
+namespace {
+
+// Residents under a policy, with a floor for each layer.
+class Cache {
+   public:
+    Cache(const Pool& pool, int32_t floor, Policy& policy)
+        : pool_(pool), floor_(floor), policy_(policy), free_(pool.slots), locked_(pool.size(), 0), layers_(pool.layers) {}
+
+    // Requests the experts of one layer in one token; returns how many were missing.
+    int32_t serve(int32_t layer, const std::vector<int32_t>& step) {
+        missing_.clear();
+        for (const int32_t expert : step) {
+            if (policy_.holds(expert)) policy_.touch(expert);
+            else missing_.push_back(expert);
+        }
+        if (missing_.empty()) return 0;
+        lock(layer, step, true);
+        for (const int32_t expert : missing_) {
+            if (free_ > 0) free_--;
+            else evict(layer);
+            policy_.insert(expert);
+            layers_[layer].residents++;
+        }
+        lock(layer, step, false);
+        return static_cast<int32_t>(missing_.size());
+    }
+
+   private:
+    struct Layer {
+        int64_t residents = 0;
+        Victim next;
+    };
+
+    void lock(int32_t layer, const std::vector<int32_t>& step, bool held) {
+        for (const int32_t expert : step) locked_[expert] = held;
+        policy_.mark_stale(layer);
+    }
+
+    // Of all layers above their floor, and the one that needs the slot, who has the lowest rank; that one of equals.
+    void evict(int32_t needy) {
+        int32_t from = needy;
+        double least = ABSENT;
+        for (int32_t layer = 0; layer < pool_.layers; layer++) {
+            Layer& known = layers_[layer];
+            if (policy_.take_stale(layer)) known.next = policy_.next_victim(layer, locked_.data());
+            if (known.residents > floor_ && known.next.rank < least) from = layer, least = known.next.rank;
+        }
+        if (layers_[needy].next.rank <= least) from = needy;
+        policy_.remove(layers_[from].next.expert);
+        layers_[from].residents--;
+    }
+
+    const Pool pool_;
+    const int32_t floor_;
+    Policy& policy_;
+    int64_t free_;
+    std::vector<uint8_t> locked_;  // by expert
+    std::vector<Layer> layers_;
+    std::vector<int32_t> missing_;
+};
+
+// The steps of one sequence, one after the other.
+class Steps {
+   public:
+    explicit Steps(const pm_requests& requests) : requests_(requests) {}
+
+    int64_t count() const { return requests_.tokens * requests_.layers; }
+    int32_t layer(int64_t step) const { return static_cast<int32_t>(step % requests_.layers); }
+
+    // The numbers of the experts of a step; good until the next call.
+    const std::vector<int32_t>& operator[](int64_t step) {
+        experts_.clear();
+        const int32_t* const chosen = requests_.chosen + step * requests_.top_k;
+        for (int32_t i = 0; i < requests_.top_k; i++)
+            if (chosen[i] >= 0) experts_.push_back(layer(step) * requests_.experts + chosen[i]);
+        return experts_;
+    }
+
+   private:
+    const pm_requests& requests_;
+    std::vector<int32_t> experts_;
+};
+
+void replay(const pm_requests& requests, const Pool& pool, Policy& policy, int32_t* misses) {
+    Cache cache(pool, requests.top_k, policy);
+    Steps steps(requests);
+    for (int64_t at = 0; at < steps.count(); at++) {
+        misses[at] = cache.serve(steps.layer(at), steps[at]);
+        if (steps.layer(at) == requests.layers - 1) policy.tick();
+    }
+}
+
+// Belady's MIN. The heap holds every next use that was ever known, the furthest on top; those that have come lie in the
+// past and so never on top.
+void optimum(const pm_requests& requests, const Pool& pool, int32_t* misses) {
+    struct Use {
+        int64_t step;
+        int32_t expert;
+        bool operator<(const Use& other) const { return step < other.step; }
+    };
+    Steps steps(requests);
+    std::vector<int64_t> upcoming(pool.size(), steps.count()), next_uses;
+    for (int64_t at = steps.count() - 1; at >= 0; at--) {
+        const auto& step = steps[at];
+        for (auto expert = step.rbegin(); expert != step.rend(); ++expert)
+            next_uses.push_back(std::exchange(upcoming[*expert], at));
+    }
+    std::vector<uint8_t> resident(pool.size(), 0);
+    std::priority_queue<Use> uses;
+    int64_t free = pool.slots;
+    for (int64_t at = 0; at < steps.count(); at++) {
+        const auto& step = steps[at];
+        misses[at] = 0;
+        for (const int32_t expert : step) {
+            if (resident[expert]) continue;
+            misses[at]++;
+            resident[expert] = 1;
+            if (free > 0) {
+                free--;
+                continue;
+            }
+            resident[uses.top().expert] = 0;
+            uses.pop();
+        }
+        for (const int32_t expert : step) {
+            uses.push({next_uses.back(), expert});
+            next_uses.pop_back();
+        }
+    }
+}
+
+// Mattson's stack, the latest first.
+void lru_depths(const pm_requests& requests, int32_t* depths) {
+    Steps steps(requests);
+    std::vector<int32_t> stack;
+    for (int64_t at = 0; at < steps.count(); at++) {
+        const auto& step = steps[at];
+        std::fill_n(depths, requests.top_k, 0);
+        for (size_t i = 0; i < step.size(); i++) {
+            const auto place = std::find(stack.begin(), stack.end(), step[i]);
+            if (place != stack.end()) depths[i] = static_cast<int32_t>(place - stack.begin()) + 1;
+        }
+        depths += requests.top_k;
+        for (const int32_t expert : step) {
+            auto place = std::find(stack.begin(), stack.end(), expert);
+            if (place == stack.end()) place = stack.insert(place, expert);
+            std::rotate(stack.begin(), place, place + 1);
+        }
+    }
+}
+
+bool is_valid(const pm_requests& r) {
+    if (r.tokens < 0 || r.layers < 1 || r.top_k < 1 || r.experts < 1) return false;
+    const int32_t* chosen = r.chosen;
+    for (int64_t row = 0; row < r.tokens * r.layers; row++) {
+        int32_t before = -1;
+        for (int32_t i = 0; i < r.top_k; i++, chosen++) {
+            if (*chosen < 0) continue;
+            if (*chosen <= before || *chosen >= r.experts) return false;
+            before = *chosen;
+        }
+    }
+    return true;
+}
+
+}  // namespace
+}  // namespace pm
+
+extern "C" {
+
+int32_t pm_replay(const pm_requests* requests, const char* policy, int64_t slots, int32_t* misses) try {
+    const int64_t cycle = static_cast<int64_t>(requests->layers) * requests->top_k;
+    if (!pm::is_valid(*requests) || slots < cycle) return PM_BAD_ARGUMENT;
+    const pm::Pool pool = {requests->layers, requests->experts, slots, cycle};
+    if (std::strcmp(policy, "belady") == 0) {
+        pm::optimum(*requests, pool, misses);
+        return PM_OK;
+    }
+    const std::unique_ptr<pm::Policy> made = pm::make_policy(policy, pool);
+    if (!made) return PM_BAD_ARGUMENT;
+    pm::replay(*requests, pool, *made, misses);
+    return PM_OK;
+} catch (const std::bad_alloc&) {
+    return PM_OUT_OF_MEMORY;
+}
+
+int32_t pm_lru_depths(const pm_requests* requests, int32_t* depths) try {
+    if (!pm::is_valid(*requests)) return PM_BAD_ARGUMENT;
+    pm::lru_depths(*requests, depths);
+    return PM_OK;
+} catch (const std::bad_alloc&) {
+    return PM_OUT_OF_MEMORY;
+}
+
+}  // extern "C"
