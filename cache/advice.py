@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .cost import Costs, DiskSpeed, seconds_per_token
 from .history import History
-from .replay import OPTIMUM, misses_by_step
+from .replay import OPTIMUM, PlainReplayer, Replayer, chosen_of
 
 if TYPE_CHECKING:
     from .stats import RunStats
@@ -51,25 +51,31 @@ class Advice(NamedTuple):
 class _Replays:
     """The record, cut into warm-up and what is counted."""
 
-    def __init__(self, history: History, experts: int) -> None:
-        self._steps, self.layers, self.floor, self.experts = history.steps(), history.layers, history.top_k, experts
+    def __init__(self, history: History, replayer: Replayer) -> None:
+        steps, self.layers, self.floor = history.steps(), history.layers, history.top_k
+        self._chosen, self._replayer = chosen_of(steps, self.layers, self.floor), replayer
         self.tokens = history.tokens // 2
-        self._from = len(self._steps) - self.tokens * self.layers
-        self.requests = [len(step) for step in islice(self._steps, self._from, None)]
+        self._from = len(steps) - self.tokens * self.layers
+        self.requests = [len(step) for step in islice(steps, self._from, None)]
         seen, first = set[tuple[int, int]](), []
-        for step in self._steps:
+        for step in steps:
             first.append(len(step) - len(seen.intersection(step)))
             seen.update(step)
         self._first = first[self._from :]
 
     def misses(self, policy: str, slots: int) -> list[int]:
         """Of each counted step."""
-        found = misses_by_step(self._steps, policy, slots, self.layers, self.floor)[self._from :]
+        found = self._replayer.misses(self._chosen, policy, slots).ravel().tolist()[self._from :]
         return [missed - first for missed, first in zip(found, self._first, strict=True)]
 
 
-def advise(run: RunStats, disk: DiskSpeed | None, also: Iterable[int] = ()) -> Advice | None:
+def advise(
+    run: RunStats, disk: DiskSpeed | None, also: Iterable[int] = (), replayer: Replayer | None = None
+) -> Advice | None:
     """What other settings would give, among them these numbers of slots.
+
+    Args:
+        replayer: None for the plain one.
 
     Returns:
         None where there is too little to go by: fewer than ENOUGH_TOKENS tokens on record, or no slots known.
@@ -77,7 +83,7 @@ def advise(run: RunStats, disk: DiskSpeed | None, also: Iterable[int] = ()) -> A
     history, slots, total, policy = run.history, run.slots, run.total_experts, run.policy
     if history is None or history.tokens < ENOUGH_TOKENS or not (slots and total and policy):
         return None
-    replays = _Replays(history, total)
+    replays = _Replays(history, replayer or PlainReplayer())
     latest = list(run.pace)[-replays.tokens :]
     costs = Costs.of(run, disk, latest)
     if costs is None or not sum(replays.requests):

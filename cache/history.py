@@ -78,7 +78,10 @@ class History:
         numbers = iter(flat)
         for at in range(len(flat) // max(1, width)):
             layer = at % history.layers
-            history.record(layer, tuple(ExpertId(layer, i) for i in islice(numbers, width) if i != _NONE))
+            step = tuple(ExpertId(layer, i) for i in islice(numbers, width) if i != _NONE)
+            if len(set(step)) < len(step):
+                raise ValueError(f"an expert of layer {layer} is there twice: {[expert.index for expert in step]}")
+            history.record(layer, step)
         return history
 
 

@@ -14,6 +14,7 @@ from .verdict import verdict
 
 if TYPE_CHECKING:
     from .device_stats import DeviceStats
+    from .replay import Replayer
     from .stats import RunStats
 
 FORMAT, VERSION = "pocketmoe-report", 1
@@ -28,14 +29,17 @@ PARTS = {
 """Of a token's time, and what they are called."""
 
 
-def report(run: RunStats, disk: DiskSpeed | None = None, replays: bool = True) -> dict[str, Any]:
+def report(
+    run: RunStats, disk: DiskSpeed | None = None, replays: bool = True, replayer: Replayer | None = None
+) -> dict[str, Any]:
     """Everything that there is to say about a run.
 
     Args:
         disk: what the disk gives when nothing else is done, measured just now.
         replays: also replay the recorded routing, which takes a second or two.
+        replayer: who does that, in less time; None for the plain one.
     """
-    advice = advise(run, disk) if replays else None
+    advice = advise(run, disk, replayer=replayer) if replays else None
     found: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,

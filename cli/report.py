@@ -22,12 +22,13 @@ def report_of(stats: RunStats) -> dict[str, Any]:
     """The report's data. Reads from the run's store for half a second, if it is still there."""
     from ..cache.report import report
     from ..offload.disk_speed import measure_disk
+    from ..offload.replaying import native_replayer
 
     try:
         disk = measure_disk(Path(stats.store)) if stats.store and stats.total("bytes_read") else None
     except PocketMoEError:
         disk = None  # the store has been moved or deleted since: the report says that the peak was not measured
-    return report(stats, disk)
+    return report(stats, disk, replayer=native_replayer())
 
 
 def show_live_report(stats: RunStats, stream: TextIO) -> None:
@@ -35,8 +36,9 @@ def show_live_report(stats: RunStats, stream: TextIO) -> None:
     of the memory budget."""
     from ..cache.report import report
     from ..cache.sections import sections
+    from ..offload.replaying import native_replayer
 
-    show_sections(sections(report(stats)), stream)
+    show_sections(sections(report(stats, replayer=native_replayer())), stream)
 
 
 def show_sections(sections: Sequence[Section], stream: TextIO) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from ..cache.report import report
 from ..cache.stats import RunStats
 from .errors import MemoryBudgetError, UsageError
+from .replaying import native_replayer
 from .source import OnNotice, OnProgress, Progress
 
 SHARES = (0.25, 0.5, 1.0)
@@ -123,7 +124,7 @@ def measure(
                 counted.append(model.stats(advice=number == rounds))
             else:
                 model.reset_stats()
-    return summarised(counted, report(counted[-1], measure_disk(Path(store))))
+    return summarised(counted, report(counted[-1], measure_disk(Path(store)), replayer=native_replayer()))
 
 
 def summarised(counted: Sequence[RunStats], found: dict[str, Any]) -> dict[str, Any]:

@@ -132,6 +132,10 @@ def test_old_tokens_are_forgotten_in_whole_and_what_is_left_comes_back_from_data
     assert History.from_dict(uneven.to_dict()).steps() == uneven.steps()
     with pytest.raises(ValueError):
         History.from_dict(made.to_dict() | {"top_k": 7})
+    twice = History(1)
+    twice.record(0, (ExpertId(0, 1), ExpertId(0, 1)))
+    with pytest.raises(ValueError, match=r"layer 0 is there twice: \[1, 1\]"):
+        History.from_dict(twice.to_dict())
 
 
 def test_the_disk_is_measured_with_a_stores_own_records_and_not_at_all_where_there_is_none(tmp_path):
