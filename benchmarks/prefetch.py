@@ -1,48 +1,65 @@
-"""Prefetch on against off, in tokens per second, in turns within one process and one sequence.
+"""Ways to prefetch beside each other: one model for each way, the same tokens, each token in all of them in turn.
 
-    python -m benchmarks.prefetch STORE [--stream text|uniform|realistic] [--shares 25 40 60 80] [--rounds 6]
+    python -m benchmarks.prefetch STORE [--stream text|uniform|realistic] [--shares 25 40 60 80] [--ways off on tested]
 
-For each budget, a share of the experts in slots: tokens to fill the cache, then rounds of four periods, on, off, off,
-on (off, on, on, off in every second one), in which the self-test decides nothing. A period's first two tokens, which
-find what the period before has left, do not count, and what the others take is corrected by how many experts they
-missed, as the self-test does. Text is sampled from the model; the streams are made for stores of
-`benchmarks.synthesize`. Last come as many tokens in which prefetch tests itself, as users have it.
+A way is `off`, `on`, `tested` (on, and tests itself, as users have it), or `on` with other numbers, as in
+`worth=0.7,idle_worth=0.5,depth=4`. Ratios are taken within the same tokens, in eight pieces one after the other: median
+(lowest..highest). A token counts for no way if it took one of them more than 2.5 times as long as usual, because then
+the machine did something else. All ways have to give the same logits, bit for bit. Text is sampled from the model; the
+other streams are made for stores of `benchmarks.synthesize`. The memory of all ways is needed at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
 PROMPT = "Tell me a long story about a dragon that lives by the sea."
-DROPPED = 2
+PIECES = 8
+ODD = 2.5
 
 
 class Switch:
     """Stands in for the self-test and does what it is told."""
 
-    on = False
     tests = 0
     state = None
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
 
     def step(self, seconds: float, missing: int) -> None:
         pass
 
 
-def tokens_of(model: Any, stream: str, count: int) -> Iterator[tuple[int, Callable[[torch.Tensor], None]]]:
-    """`count` ids, each with a function that takes the logits which follow it."""
+def go(model: Any, way: str) -> None:
+    """Make a model that has just been loaded prefetch that way."""
+    runtime, prefetcher = model._runtime, model._runtime.prefetch._inner
+    if way != "tested":
+        runtime.self_test = Switch(way != "off")
+    if "=" in way:
+        for option in way.split(","):
+            name, _, value = option.partition("=")
+            assert hasattr(prefetcher, f"_{name}"), f"the prefetcher has no {name}"
+            setattr(prefetcher, f"_{name}", float(value))
+
+
+def tokens_of(model: Any, stream: str) -> Iterator[tuple[int, Callable[[torch.Tensor], None]]]:
+    """Ids without end, each with a function that takes the logits which follow it."""
     if stream != "text":
         from .synthetic_weights import token_stream
 
-        for token in token_stream(stream, count, model.transformers_model.config.vocab_size, seed=1):
+        for token in token_stream(stream, 1 << 16, model.transformers_model.config.vocab_size, seed=1):
             yield token, lambda logits: None
         return
     generator, token = torch.Generator().manual_seed(1), [model.tokenizer(PROMPT)["input_ids"][-1]]
@@ -51,58 +68,39 @@ def tokens_of(model: Any, stream: str, count: int) -> Iterator[tuple[int, Callab
         odds = torch.softmax(logits.float().reshape(-1) / 0.9, 0)
         token[0] = int(torch.multinomial(odds, 1, generator=generator))
 
-    for _ in range(count):
+    while True:
         yield token[0], sample
 
 
-def missing(model: Any) -> int:
-    return model._stats.total("misses") + model._stats.total("prefetch_hits")
-
-
-def measure(model: Any, stream: str, warm: int, rounds: int, period: int) -> dict[str, Any]:
-    """Seconds a token: (on, off) of each round, and those of tokens in which prefetch tests itself; reads and waits."""
-    runtime, switch = model._runtime, Switch()
-    kept, runtime.self_test = runtime.self_test, switch
-    sequence = model.new_sequence()
-    tokens = tokens_of(model, stream, warm + 2 * 4 * rounds * period)
-
-    def feed(count: int) -> list[tuple[float, int]]:
-        """Seconds of each token, and its experts that were missing or would have been without prefetch."""
-        spent, before = [], missing(model)
-        for _ in range(count):
-            token, then = next(tokens)
+def measure(models: list[Any], stream: str, warm: int, count: int, limit_s: float) -> np.ndarray:
+    """Seconds of each of at most `count` tokens, [ways, tokens], which do not take much longer than `limit_s`."""
+    sequences = [model.new_sequence() for model in models]
+    rng, spent, begin = random.Random(0), [], time.perf_counter()
+    for number, (token, then) in enumerate(tokens_of(models[0], stream)):
+        if number == warm:
+            spent.clear()
             begin = time.perf_counter()
-            logits = sequence.feed([token])
-            seconds = time.perf_counter() - begin
-            spent.append((seconds, missing(model) - before))
-            before += spent[-1][1]
-            then(logits)
-        return spent
+            for model in models:
+                model.reset_stats()
+        if number == warm + count or (number > warm + PIECES and time.perf_counter() - begin > limit_s):
+            break
+        seconds, logits = [0.0] * len(models), [torch.empty(0)] * len(models)
+        for i in rng.sample(range(len(models)), len(models)):
+            start = time.perf_counter()
+            logits[i] = sequences[i].feed([token])
+            seconds[i] = time.perf_counter() - start
+            models[i]._runtime.prefetch.drain()  # what it is still reading would slow the next one down
+        assert all(torch.equal(logits[0], other) for other in logits), f"token {number}: logits differ"
+        spent.append(seconds)
+        then(logits[0])
+    return np.array(spent).T
 
-    feed(warm)
-    model.reset_stats()
-    pairs = []
-    for number in range(rounds):
-        turns = (True, False, False, True) if number % 2 == 0 else (False, True, True, False)
-        spent: list[tuple[bool, float, int]] = []
-        for switch.on in turns:
-            spent += [(switch.on, *token) for token in feed(period)[DROPPED:]]
-        misses = np.array([token[2] for token in spent]) - mean(token[2] for token in spent)
-        seconds = np.array([token[1] for token in spent])
-        slope = max(0.0, float(misses @ seconds / (misses @ misses))) if misses.any() else 0.0
-        was_on = np.array([token[0] for token in spent])
-        corrected = seconds - slope * misses
-        pairs.append((float(corrected[was_on].mean()), float(corrected[~was_on].mean())))
-    stats = model.stats()
-    runtime.self_test = kept
-    tested = [seconds for seconds, _ in feed(4 * rounds * period)]
-    return {
-        "pairs": pairs,
-        "self_tested": mean(tested[len(tested) // 2 :]),
-        "state": runtime.self_test.state,
-        "hit_rate": stats.answer.hits / stats.answer.requests if stats.answer.requests else None,
-        "useful_late_wasted": [stats.total(f"prefetch_{name}") for name in ("useful", "late", "wasted")],
-    }
+
+def ratios(seconds: np.ndarray, of: int, over: int) -> list[float]:
+    """Speed of one way over that of another in each piece of the tokens that count."""
+    usual = (seconds < ODD * np.median(seconds, axis=1, keepdims=True)).all(axis=0)
+    pieces = np.array_split(seconds[:, usual], PIECES, axis=1)
+    return [float(piece[over].sum() / piece[of].sum()) for piece in pieces]
 
 
 def main() -> None:
@@ -110,8 +108,9 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--stream", choices=["text", "uniform", "realistic"], default="text")
     parser.add_argument("--shares", type=int, nargs="+", default=[25, 40, 60, 80], help="slots, %% of the experts")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--period", type=int, default=12, help="tokens (default 12)")
+    parser.add_argument("--ways", nargs="+", default=["off", "on", "tested"], help="ratios are over the first")
+    parser.add_argument("--tokens", type=int, default=800, help="most of them (default 800)")
+    parser.add_argument("--seconds", type=float, default=45, help="for each share; then no more tokens (default 45)")
     parser.add_argument("--warm", type=int, default=64, help="tokens before (default 64)")
     parser.add_argument("--ram", default="6GB", help="so large that only --shares counts")
     parser.add_argument("--json", action="store_true")
@@ -120,22 +119,29 @@ def main() -> None:
     from pocketmoe.offload import load
     from pocketmoe.offload.manifest import Manifest
 
-    experts = Manifest.read(args.store).num_experts
-    context = args.warm + 8 * args.rounds * args.period + 8
-    found = {}
+    experts, context = Manifest.read(args.store).num_experts, args.warm + args.tokens + 8
+    found: dict[int, dict[str, Any]] = {}
     for share in args.shares:
-        slots = experts * share // 100
-        with load(args.store, slots=slots, ram=args.ram, context=context, warm_start=False) as model:
-            result = found[share] = measure(model, args.stream, args.warm, args.rounds, args.period)
-        ratios = sorted(off / on for on, off in result["pairs"])
-        on, off = (median(pair[i] for pair in result["pairs"]) for i in (0, 1))
-        print(
-            f"{args.stream}, {share} % ({slots} slots): {1 / on:.1f} tokens/s on, {1 / off:.1f} off; on over off "
-            f"{median(ratios):.3f} ({ratios[0]:.2f}..{ratios[-1]:.2f}, {len(ratios)} rounds); useful, late, wasted "
-            f"{result['useful_late_wasted']}; afterwards {1 / result['self_tested']:.1f} with its self-test: "
-            f"{result['state']}",
-            flush=True,
-        )
+        slots, row = experts * share // 100, found.setdefault(share, {})
+        with contextlib.ExitStack() as stack:
+            models = [
+                stack.enter_context(load(args.store, slots=slots, ram=args.ram, context=context, warm_start=False))
+                for _ in args.ways
+            ]
+            for model, way in zip(models, args.ways, strict=True):
+                go(model, way)
+            seconds = measure(models, args.stream, args.warm, args.tokens, args.seconds)
+            stats = [model.stats() for model in models]
+        print(f"{args.stream}, {share} % ({slots} slots), {seconds.shape[1]} tokens:", flush=True)
+        for i, (way, its) in enumerate(zip(args.ways, stats, strict=True)):
+            each, rate = ratios(seconds, of=i, over=0), 1 / median(seconds[i])
+            counts = {name: its.total(f"prefetch_{name}") for name in ("useful", "late", "wasted", "cancelled")}
+            missing = (its.total("misses") + its.total("prefetch_hits")) / seconds.shape[1]
+            row[way] = {"tokens_per_second": rate, "over_first": each, "missing": missing, **counts}
+            over = f"over {args.ways[0]} {median(each):.3f} ({min(each):.2f}..{max(each):.2f})"
+            print(
+                f"  {way}: {rate:.1f} tokens/s, {over}; missing {missing:.1f} a token; {counts}; {its.prefetch or ''}"
+            )
     if args.json:
         print(json.dumps(found))
 
