@@ -18,6 +18,7 @@ from .errors import DataError, PocketMoEError
 from .hf_keys import KeyMap
 from .hub import HubModel
 from .manifest import MANIFEST
+from .naming import exists
 from .packing import packable_names
 from .prequantized import join_quantized
 from .source import MoeLayer, OnNotice, RowReader, TrunkSize
@@ -64,8 +65,12 @@ class CheckpointSource:
 
     def _headers(self) -> dict[str, dict[str, TensorEntry]]:
         """Per file of weights, its tensors by name."""
-        names = (file.name for file in self.path.iterdir() if file.exists())
-        shards = [self.path / name for name in weight_files(self.path, read_index(self.path), names)]
+        files, index = list(self.path.iterdir()), read_index(self.path)
+        lost = [file for file in files if index is None and file.suffix == ".safetensors" and not exists(file)]
+        if lost:
+            raise DataError(f"{lost[0]} is a link to {lost[0].readlink()}, which is not there; download it again")
+        names = (file.name for file in files if exists(file))
+        shards = [self.path / name for name in weight_files(self.path, index, names)]
         for shard in shards:
             _check_link(self.path, shard)
         return {shard.name: read_header(shard) for shard in shards}
@@ -102,6 +107,8 @@ class CheckpointSource:
 
 def read_config_json(path: Path) -> dict[str, Any]:
     file = path / CONFIG
+    if exists(file) and not file.is_file():  # opening a pipe would wait for ever
+        raise DataError(f"{file} is not a regular file")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

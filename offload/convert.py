@@ -23,7 +23,7 @@ import xxhash
 
 from ..cache.units import format_bytes
 from ..quant.codecs import RECORD_ALIGNMENT, Codec, encode_expert, get_codec, record_layout
-from ..quant.int4 import MapPieces, round_up
+from ..quant.int4 import MapPieces, is_finite, round_up
 from ..quant.linear import matrix_format
 from .config import DEFAULT_CODEC, KEEP, default_trunk
 from .convert_memory import require_memory
@@ -102,6 +102,10 @@ def convert(
                     f"{dest.parent} takes no larger files {kept}: lift the limit and run the same command again"
                 ) from None
             raise DataError(f"cannot write {dest}: {error}") from error
+        except DataError:
+            if not writer.done:  # a second call would find nothing of use
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
     return dest
 
 
@@ -371,6 +375,8 @@ def write_trunk(path: Path, tensors: Iterator[tuple[str, torch.Tensor | RowReade
         for name, tensor in tensors:
             start, dtype = position, ""
             for piece in tensor.pieces() if isinstance(tensor, RowReader) else [tensor]:
+                if piece.is_floating_point() and not is_finite(piece):
+                    raise DataError(f"trunk tensor {name} of shape {tuple(tensor.shape)} holds NaN or infinity")
                 data, dtype = piece.contiguous().reshape(-1).view(torch.uint8), DTYPE_NAMES[piece.dtype]
                 out.write(data.numpy().data)
                 position += data.numel()

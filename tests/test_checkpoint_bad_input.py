@@ -113,6 +113,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, copy):
     path = copy("granitemoe")
     (path / SINGLE).unlink()
     assert "has no *.safetensors files" in refusal(path)
+    (path / SINGLE).symlink_to("absent")
+    assert f"{SINGLE} is a link to absent, which is not there" in refusal(path)
+    (path / "config.json").unlink()
+    os.mkfifo(path / "config.json")
+    assert "config.json is not a regular file" in refusal(path)
 
 
 def test_a_store_is_no_checkpoint(copy, tmp_path):
@@ -270,6 +275,25 @@ def test_the_same_parameter_under_two_names_is_refused_with_both(copy):
     rewrite(path / SINGLE, **{"norm.weight": torch.ones(64)})
     message = refusal_of_tensor(path)
     assert "tensors model.norm.weight and norm.weight are both model.norm.weight" in message
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.1.block_sparse_moe.gate.weight", "model.norm.weight"])
+def test_infinity_in_the_trunk_is_named(copy, tmp_path, tensor):
+    path = copy("mixtral")
+    weight = load_file(path / SINGLE)[tensor]
+    weight[5] = torch.inf
+    rewrite(path / SINGLE, **{tensor: weight})
+    name = tensor.replace("block_sparse_moe", "mlp")
+    message = refusal(path, tmp_path / "store")
+    assert message == f"trunk tensor {name} of shape {tuple(weight.shape)} holds NaN or infinity"
+
+
+def test_of_a_checkpoint_whose_first_expert_is_bad_nothing_is_left(copy, tmp_path):
+    path = copy("mixtral")
+    first = W2.replace("layers.1", "layers.0").replace("experts.3", "experts.0")
+    rewrite(path / SINGLE, **{first: torch.full_like(load_file(path / SINGLE)[first], torch.nan)})
+    refusal(path, tmp_path / "made" / "store")
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_nan_in_an_expert_is_named(copy, tmp_path):
