@@ -29,6 +29,7 @@ slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
 
 breadth: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[breadth]'
 	$(if $(TRANSFORMERS),$(BIN)/python -m pip install --quiet 'transformers==$(TRANSFORMERS)')
 	$(BIN)/python tests/breadth.py $(if $(TRANSFORMERS),,--table docs/families.md)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -56,6 +57,8 @@ def main() -> None:
     """Entry point of the `pocketmoe` script."""
     prepare_streams()
     leave_on_sigterm()
+    # transformers' notes, on CUDA packages that are not there above all, would stand in the middle of an answer.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(prog_name="pocketmoe")
     except KeyboardInterrupt:  # outside every command

@@ -162,7 +162,10 @@ def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> Skeleton:
     with contextlib.ExitStack() as stack:
         for context in cls.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
-        model = cls(config)
+        try:
+            model = cls(config)
+        except ImportError as error:
+            raise DataError(f"model type {config.model_type!r} cannot be built: {error}; install it with pip") from None
     model.eval()
     full_state = dict(model.state_dict())
     plan = model._get_dtype_plan(dtype)

@@ -125,7 +125,8 @@ def find_sites(model: PreTrainedModel, left_out: list[str]) -> Iterator[MoeSite]
             raise DataError(f"{name}: expert parameters {sorted(own)} are not supported, expected {sorted(known)}")
         num_experts, *sizes = form.shapes[own["down_proj"]]
         hidden, intermediate = reversed(sizes) if own["down_proj"] in form.transposed else sizes
-        router = next((m for n in ("gate", "router") if isinstance(m := getattr(block, n, None), nn.Module)), None)
+        near = (getattr(holder, name, None) for holder in (block, module) for name in ("gate", "router"))
+        router = next((found for found in near if isinstance(found, nn.Module)), None)
         top_k = getattr(router, "top_k", None) or getattr(block, "top_k", None) or _config_top_k(model.config)
         params = {}
         for param in form.parts:

@@ -58,6 +58,8 @@ def experts_form(module: Any, block: Any) -> ExpertsForm | None:
     """
     if type(module).__name__ == "DbrxExperts":
         return _dbrx(module)
+    if type(module).__name__ == "JetMoeMoE":
+        return _jetmoe(module, block)
     params = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     up = "gate_up_proj" if "gate_up_proj" in params else "up_proj"
     if any(len(params.get(name, ())) != 3 for name in (up, "down_proj")):
@@ -148,3 +150,43 @@ def _dbrx(module: Any) -> ExpertsForm:
         apply_gate=lambda gate, up: module.mlp.activation_fn(gate) * up,
         install=install,
     )
+
+
+def _jetmoe(module: Any, block: Any) -> ExpertsForm:
+    """jetmoe's block routes by itself. Its attention has experts, too, which stay in the trunk."""
+
+    router, attention_router = module.router, block.self_attention.experts.router
+
+    def route(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        best, index = router.layer(hidden).float().topk(router.top_k, dim=1)
+        return index, best.softmax(1).type_as(hidden)
+
+    def install(run: Run) -> None:
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            flat = hidden.flatten(0, 1)
+            return run(flat, *router(flat)).view_as(hidden) + module.bias
+
+        module.forward, router.forward = forward, route
+        attention_router.forward = _countable(attention_router)
+
+    parts = {"input_linear.weight": "gate_up_proj", "output_linear.weight": "down_proj"}
+    return ExpertsForm(
+        parts=parts,
+        shapes={name: tuple(module.get_parameter(name).shape) for name in parts},
+        transposed=frozenset(),
+        apply_gate=lambda gate, up: module.activation(gate) * up,
+        install=install,
+    )
+
+
+def _countable(gating: Any) -> Callable[[torch.Tensor], tuple[Any, ...]]:
+    """jetmoe's gating counts the tokens of each expert, which has no answer on the meta device: all go to the first."""
+
+    def forward(hidden: torch.Tensor) -> tuple[Any, ...]:
+        if not hidden.is_meta:
+            return type(gating).forward(gating, hidden)
+        rows = torch.empty(len(hidden) * gating.top_k, dtype=torch.long, device="meta")
+        sizes = [len(rows)] + [0] * (gating.num_experts - 1)
+        return rows, rows, rows.to(hidden.dtype), sizes, gating.layer(hidden)
+
+    return forward

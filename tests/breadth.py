@@ -28,10 +28,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 REFUSED = {
     "diffusion_gemma": "does not generate text token by token",
     "doge": "keeps its experts in DogeCDMoE, a form that is not supported",
-    "inkling_mm_model": "No module named 'scipy'",
-    "jetmoe": "keeps its experts in JetMoeMoE, a form that is not supported",
 }
-"""Types that do not run, and a part of the sentence that says why; the third is upstream's wish for sound."""
+"""Types that do not run, and a part of the sentence that says so."""
+WHY = {
+    "diffusion_gemma": "Upstream it fills a block of text at once; its class is no `GenerationMixin`.",
+    "doge": "Upstream, routing mixes the tokens of a prompt, as a comment in `modeling_doge.py` says, so a prompt in "
+    "pieces would be answered differently; and an expert is one row of two matrices, too small to be read by itself.",
+}
+"""What lies behind it."""
+WANTS = {"inkling_mm_model": "scipy"}
+"""Types that upstream builds only where another package is installed (the extra `breadth`)."""
+OTHER_RELEASES = {"5.21.0": "71 of 73", "5.22.2": "72 of 74"}
+"""What passed with older releases, of the types that they have."""
 KNOWN_AS = {
     "deepseek_v3": "DeepSeek-V3, R1, Kimi-K2",
     "ernie4_5_moe": "ERNIE-4.5",
@@ -174,7 +182,8 @@ def main() -> int:
 
 def _table(rows: list[tuple[str, str]]) -> str:
     lines = [f"| `{name}` | {KNOWN_AS.get(name, '')} | {status.partition(':')[0]} |" for name, status in rows]
-    reasons = [f"- `{name}`: {status.partition(': ')[2]}" for name, status in rows if status.startswith("fails")]
+    failed = [(name, status.partition(": ")[2]) for name, status in rows if status.startswith("fails")]
+    reasons = [f"- `{name}`: {reason}. {WHY.get(name, '')}".rstrip() for name, reason in failed]
     passed = sum(status.startswith("passes") for _, status in rows)
     return "\n".join(
         [
@@ -185,12 +194,14 @@ def _table(rows: list[tuple[str, str]]) -> str:
             "A tiny random checkpoint of each is converted without loss. Logits and a greedy answer must be those of",
             "stock within 1e-5, with the prompt in one piece or several; and bit-identical with the cache at its",
             "floor, with prefetch and without. Of types that also take images or sound, the text part runs.",
+            "Older releases: " + ", ".join(f"{count} with {name}" for name, count in OTHER_RELEASES.items()) + ".",
             "",
             "| model type | known as | |",
             "|---|---|---|",
             *lines,
             "",
-            "`kimi_k2` is read as `deepseek_v3`.",
+            "`kimi_k2` is read as `deepseek_v3`. "
+            + " ".join(f"`{name}` needs the package `{package}`." for name, package in WANTS.items()),
             "",
             "What fails, and why:",
             "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import breadth
 import pytest
@@ -22,6 +23,7 @@ OTHERS = sorted(set(tiny_families.moe_types()) - set(DEFAULT) - breadth.REFUSED.
 
 @pytest.mark.parametrize("model_type", [*DEFAULT, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_a_type_gives_the_logits_and_tokens_of_stock_transformers(model_type, tmp_path):
+    pytest.importorskip(breadth.WANTS.get(model_type, "torch"))
     breadth.check(model_type, tmp_path)
 
 
@@ -31,6 +33,7 @@ def test_a_type_gives_the_logits_and_tokens_of_stock_transformers(model_type, tm
 )
 def test_a_packed_trunk_and_native_kernels_answer_nearly_the_same(model_type, tmp_path, monkeypatch):
     """INT4 experts and INT8 trunk matrices change the logits; a matrix that is read in a wrong way turns them over."""
+    pytest.importorskip(breadth.WANTS.get(model_type, "torch"))
     monkeypatch.setattr(packing, "SMALLEST", 1)
     stock = breadth.make_checkpoint(model_type, tmp_path / "checkpoint")
     _, tokens, want = breadth.stock_answer(stock)
@@ -50,10 +53,16 @@ def test_only_weights_that_nothing_else_computes_with_are_packed(monkeypatch):
     assert any("weights_proj" in name for name in deepseek)
 
 
-@pytest.mark.parametrize("model_type", ["diffusion_gemma", "doge", "jetmoe"])
+@pytest.mark.parametrize("model_type", sorted(breadth.REFUSED))
 def test_a_type_that_cannot_run_is_refused_with_a_sentence(model_type):
     with pytest.raises(DataError, match=breadth.REFUSED[model_type]):
         hf.build_skeleton(tiny_families.tiny_config(model_type))
+
+
+def test_a_package_that_upstream_asks_for_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(DataError, match=r"'inkling_mm_model' cannot be built: .*scipy.*; install it with pip"):
+        hf.build_skeleton(tiny_families.tiny_config("inkling_mm_model"))
 
 
 def test_the_types_that_people_ask_for_are_among_those_that_run():

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pocketmoe.cli import main
 from pocketmoe.cli.console import AnswerWriter, without_controls
 from pocketmoe.cli.progress import StageProgress, amount
 
@@ -41,6 +42,15 @@ def test_help_and_usage_errors_import_nothing_heavy(arguments):
 def test_the_module_runs_as_a_script():
     command = [sys.executable, "-m", "pocketmoe.cli.main", "--version"]
     assert subprocess.run(command, capture_output=True, timeout=60, check=True).stdout.startswith(b"pocketmoe ")
+
+
+def test_notes_of_transformers_keep_out_of_the_answer_unless_asked_for(monkeypatch):
+    for name in ("app", "prepare_streams", "leave_on_sigterm"):
+        monkeypatch.setattr(main, name, lambda **_: None)
+    for before, after in ((None, "error"), ("info", "info")):
+        monkeypatch.setattr(os, "environ", {} if before is None else {"TRANSFORMERS_VERBOSITY": before})
+        main.main()
+        assert os.environ["TRANSFORMERS_VERBOSITY"] == after
 
 
 def test_without_a_terminal_there_are_no_escapes_and_the_answer_is_the_models_bytes(environment):
