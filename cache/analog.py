@@ -12,9 +12,9 @@ others (docs/notes/cache-policies.md); none of them is critical.
 
 from __future__ import annotations
 
-import heapq
+from array import array
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import exp, sqrt
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from .expert import ExpertId
 from .forecast import DOUBT, HALF_LIFE, SPAN
+from .order import Order, Ranked
 
 WINDOW, NEAREST, VOTE = 512, 8, 2.0  # tokens, tokens, uses per token where all agree
 COMPARED = 128  # experts of a token, at most
@@ -30,7 +31,7 @@ WEIGHTS = 0.5 ** np.arange(len(AFTER))
 FADE = 2.0 ** (-1 / HALF_LIFE)
 INSTANT = 1e-6  # tokens between two requests: no two are at the same time
 Array = np.ndarray[Any, Any]
-Turn = tuple[float, list[float]]
+Turn = tuple[float, "array[float]"]
 """A token, and by column how soon after it each expert is expected: minus the tokens until then."""
 
 
@@ -80,24 +81,22 @@ class Estimates:
 
     def __init__(self, cycle: int) -> None:
         self.experts = [ExpertId(-1, -1)]  # by column; 0 is none
-        self.now: Turn = 0.0, []  # for who is not chosen in this token
-        self._columns: dict[ExpertId, int] = {}
+        self.columns: dict[ExpertId, int] = {}
+        self.now: Turn = 0.0, array("d")  # for who is not chosen in this token
+        self._chosen = array("d")  # the same for who is
         self._used: list[int] = []  # in this token
         self._cycle = cycle
         self._lookback = Lookback(cycle)
         self._count = self._last = np.zeros(0)  # decayed uses, and the token of the last one
-        self._paces = np.zeros(0)  # of who is chosen in this token
 
-    def use(self, expert: ExpertId) -> tuple[int, Turn]:
-        """`expert` is chosen in this token. Returns its column, and the token."""
-        column = self._columns.get(expert) or self._number(expert)
-        now, used = self.now, self._used
-        now[1][column] = INSTANT * len(used) - 1.0 / self._paces.item(column)
-        used.append(column)
-        return column, now
-
-    def column(self, expert: ExpertId) -> int:
-        return self._columns[expert]
+    def use(self, experts: Sequence[ExpertId]) -> Turn:
+        """These are chosen in this token. Returns the token."""
+        (_, soon), chosen, used, columns = self.now, self._chosen, self._used, self.columns
+        for expert in experts:
+            column = columns[expert]
+            soon[column] = INSTANT * len(used) + chosen[column]
+            used.append(column)
+        return self.now
 
     def end_token(self) -> None:
         chosen, token = np.array(self._used, np.intp), self.now[0]
@@ -108,82 +107,70 @@ class Estimates:
         self._count[chosen] += 1.0
         self._last[chosen] = token + INSTANT * np.arange(len(chosen))
         later = self._count * FADE + DOUBT
-        self._paces = (later + 1.0) / SPAN + votes
-        paces = later / (SPAN * np.sqrt(token + 2.0 - self._last)) + votes
-        self.now = token + 1.0, (-1.0 / paces).tolist()
+        self._chosen = _soon((later + 1.0) / SPAN + votes)
+        self.now = token + 1.0, _soon(later / (SPAN * np.sqrt(token + 2.0 - self._last)) + votes)
         self._used = []
 
-    def _number(self, expert: ExpertId) -> int:
-        """Make room for more experts, which were never used, where there is none."""
-        soon = self.now[1]
-        if len(self.experts) >= len(soon):
-            new = np.zeros(512), np.full(512, -1e6), np.full(512, (1.0 + DOUBT) / SPAN)
-            old = self._count, self._last, self._paces
-            self._count, self._last, self._paces = map(np.concatenate, zip(old, new, strict=True))
-            soon.extend([-1e6] * (len(self._count) - len(soon)))
+    def number(self, expert: ExpertId) -> int:
+        """A column for an expert that was never used."""
+        if len(self.experts) >= len(self._count):
+            self._count = np.concatenate([self._count, np.zeros(512)])
+            self._last = np.concatenate([self._last, np.full(512, -1e6)])
+            self.now[1].extend([-1e6] * 512)
+            self._chosen.extend([-1.0 / ((1.0 + DOUBT) / SPAN)] * 512)
         self.experts.append(expert)
-        self._columns[expert] = column = len(self.experts) - 1
+        self.columns[expert] = column = len(self.experts) - 1
         return column
 
 
-class TurnOrder:
-    """Residents, each layer in the order that was expected at its latest turn. Not a policy itself."""
-
-    def __init__(self, estimates: Estimates) -> None:
-        self.stale: set[int] = set()
-        self.ranks: dict[ExpertId, float] = {}
-        self._estimates = estimates
-        self._turns: dict[int, Turn] = {}  # each layer's latest
-        self._layers: dict[int, list[int]] = {}  # by column
-        self._unsorted: set[int] = set()
-
-    def remove(self, expert: ExpertId) -> None:
-        del self.ranks[expert]
-        self._layers[expert[0]].remove(self._estimates.column(expert))
-        self.stale.add(expert[0])
-
-    def victims(self, layer: int | None = None) -> Iterator[ExpertId]:
-        if layer is None:
-            return heapq.merge(*map(self.victims, self._layers), key=self.ranks.__getitem__)
-        return self._ranked(layer, *self._turns[layer]) if layer in self._layers else iter(())
-
-    def _ranked(self, layer: int, token: float, soon: list[float]) -> Iterator[ExpertId]:
-        order, experts, ranks = self._layers[layer], self._estimates.experts, self.ranks
-        if layer in self._unsorted:
-            order.sort(key=soon.__getitem__)
-            self._unsorted.remove(layer)
-        for column in order:
-            expert = experts[column]
-            ranks[expert] = soon[column] - token
-            yield expert
+def _soon(paces: Array) -> array[float]:
+    """Uses per token as minus the tokens until the next. An array, because a list of floats takes longer to make."""
+    return array("d", (-1.0 / paces).tobytes())
 
 
-class Analog(TurnOrder):
-    """The expert whose next use is expected last leaves first."""
+class Analog(Order[list[int]]):
+    """The expert whose next use is expected last leaves first: of each layer as its latest turn expected it."""
 
     def __init__(self, capacity: int = 0, cycle: int = 0) -> None:
-        super().__init__(Estimates(cycle))
+        super().__init__()  # a layer is a list of columns
+        self._estimates = Estimates(cycle)
+        self._turns: dict[int, Turn] = {}  # each layer's latest
+        self._unsorted: set[int] = set()
 
     def insert(self, expert: ExpertId) -> None:
-        layer = expert[0]
-        column, now = self._estimates.use(expert)
-        if self._turns.get(layer) is not now or layer in self._unsorted:
-            self._turns[layer] = now
-            self._unsorted.add(layer)
+        layer, estimates = expert[0], self._estimates
+        column = estimates.columns.get(expert) or estimates.number(expert)
+        turn = estimates.use((expert,))
+        if self._turns.get(layer) is not turn:
+            self._turn(layer, turn)
+        if layer in self._unsorted:
             self._layers.setdefault(layer, []).append(column)
         else:
-            insort(self._layers[layer], column, key=now[1].__getitem__)
-        self.ranks[expert] = 0.0  # until it is asked for
-        self.stale.add(layer)
+            insort(self._layers[layer], column, key=turn[1].__getitem__)
 
-    def touch(self, expert: ExpertId) -> None:
-        layer = expert[0]
-        _, self._turns[layer] = self._estimates.use(expert)
-        self._unsorted.add(layer)
-        self.stale.add(layer)
+    def touch(self, experts: Sequence[ExpertId]) -> None:
+        if experts:
+            self._turn(experts[0][0], self._estimates.use(experts))
+
+    def remove(self, expert: ExpertId) -> None:
+        self._layers[expert[0]].remove(self._estimates.columns[expert])
+        self.stale.add(expert[0])
 
     def resize(self, capacity: int) -> None:
         pass
 
     def tick(self) -> None:
         self._estimates.end_token()
+
+    def _turn(self, layer: int, turn: Turn) -> None:
+        self._turns[layer] = turn
+        self._unsorted.add(layer)
+        self.stale.add(layer)
+
+    def _of_layer(self, layer: int) -> Iterator[Ranked]:
+        (token, soon), order, experts = self._turns[layer], self._layers[layer], self._estimates.experts
+        if layer in self._unsorted:
+            order.sort(key=soon.__getitem__)
+            self._unsorted.remove(layer)
+        for column in order:
+            yield experts[column], soon[column] - token

@@ -14,11 +14,11 @@ the others (docs/notes/cache-policies.md); none of them is critical.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf, log2, sqrt
 
 from .expert import ExpertId
-from .order import SortedOrder
+from .order import Ranked, SortedOrder
 
 HALF_LIFE, SPAN, DOUBT = 48.0, 73.0, 0.5  # tokens, tokens, uses
 
@@ -41,7 +41,6 @@ class Forecast(SortedOrder):
 
     def __init__(self, capacity: int = 0, cycle: int = 0) -> None:
         super().__init__()
-        self.ranks: dict[ExpertId, float] = {}  # not the keys
         self._token = self._now = 0.0
         self._uses: dict[ExpertId, tuple[float, float]] = {}  # decayed count at the last use, and when that was
         self._turn: dict[int, float] = {}  # each layer's latest token
@@ -49,20 +48,15 @@ class Forecast(SortedOrder):
     def insert(self, expert: ExpertId) -> None:
         self._now = now = self._now + self.INSTANT
         self._turn[expert[0]] = self._token
+        self.stale.add(expert[0])  # a newcomer, too, changes the ranks of those behind it
         count, last = self._uses.get(expert, (0.0, now))
         count = 1.0 + count * 2.0 ** ((last - now) / HALF_LIFE)  # `faded`, without a call
         self._uses[expert] = count, now
         self.place(expert, log2(count) + now / self.FADE)
 
-    touch = insert
-
-    def remove(self, expert: ExpertId) -> None:
-        super().remove(expert)
-        self.ranks.pop(expert, None)
-
-    def victims(self, layer: int | None = None) -> Iterator[ExpertId]:
-        order = super().victims(layer)
-        return order if layer is None else self._ranked(self._turn.get(layer, 0.0), order)
+    def touch(self, experts: Sequence[ExpertId]) -> None:
+        for expert in experts:
+            self.insert(expert)
 
     def resize(self, capacity: int) -> None:
         pass
@@ -70,11 +64,11 @@ class Forecast(SortedOrder):
     def tick(self) -> None:
         self._token = self._now = self._token + 1.0
 
-    def _ranked(self, now: float, order: Iterator[ExpertId]) -> Iterator[ExpertId]:
-        least = -inf  # ranks never fall along the order
-        for expert in order:
+    def _of_layer(self, layer: int) -> Iterator[Ranked]:
+        now, least = self._turn[layer], -inf  # ranks never fall along the order
+        for expert, _ in super()._of_layer(layer):
             count, last = self._uses[expert]
             age = now - last  # below 0 by instants in the token of the last use
             wait = expected_wait(faded(count, age), age)
-            self.ranks[expert] = least = max(least, -now - wait)
-            yield expert
+            least = max(least, -now - wait)
+            yield expert, least

@@ -12,15 +12,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain, islice
 from typing import NamedTuple, Protocol
 
+from .eviction import Eviction
 from .expert import ExpertId, Lookup
 from .policy import EvictionPolicy
-from .published import LRU
-
-_NOBODY = 1 << 62  # the rank of a layer that has nothing to give; an int, which compares faster than infinity
-_TRANSIENT_FIRST = -(1 << 62)  # added to a transient's rank: below every rank of a policy
 
 
 class SlotInUseError(RuntimeError):
@@ -111,10 +107,10 @@ class ExpertCache:
         self._start(policy)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return self.capacity - len(self._free)
 
     def __contains__(self, expert: object) -> bool:
-        return expert in self._slots
+        return isinstance(expert, ExpertId) and expert in self._slots[expert.layer]
 
     # Requests
 
@@ -125,29 +121,34 @@ class ExpertCache:
         experts are touched in the policy; a transient one joins it, unless `promote` is false (for a prompt, whose
         single pass over an expert says little about the answer).
         """
-        ids, slots, arriving, transient = self._ids[layer], self._slots, self._arriving, self._transient.ranks
-        hits, misses, touch = [], [], self._policy.touch
+        ids, slots, transient = self._ids[layer], self._slots[layer], self._eviction.transient[layer]
+        hits: list[ExpertId] = []
+        misses: list[ExpertId] = []
         for index in dict.fromkeys(indices):
             expert = ids[index]
-            if expert not in slots:
-                misses.append(expert)
-                continue
-            (misses if arriving and expert in arriving else hits).append(expert)  # hashing an id takes 0.1 us
-            if not transient or expert not in transient:
-                touch(expert)
-            elif promote:
-                self.promote(expert)
+            (hits if expert in slots else misses).append(expert)
+        if not transient:
+            self._policy.touch(hits)
+        else:
+            for expert in hits:
+                if expert not in transient:
+                    self._policy.touch((expert,))
+                elif promote:
+                    self.promote(expert)
+        if self._arriving and not self._arriving.isdisjoint(hits):
+            hits = [expert for expert in hits if expert not in self._arriving]
+            misses = [expert for index in dict.fromkeys(indices) if (expert := ids[index]) not in hits]
         return Lookup(tuple(hits), tuple(misses))
 
     def slot_of(self, expert: ExpertId) -> int | None:
         """The slot of a resident expert (arriving ones included), else None."""
-        return self._slots.get(expert)
+        return self._slots[expert[0]].get(expert)
 
     def slots_of(self, experts: Sequence[ExpertId]) -> list[int]:
         """The slots of resident experts, whose bytes have to be there."""
         assert self._arriving.isdisjoint(experts), f"still on their way: {self._arriving.intersection(experts)}"
-        slots = [self._slots.get(expert, -1) for expert in experts]
-        assert -1 not in slots, f"not resident: {[expert for expert in experts if expert not in self._slots]}"
+        slots = [self._slots[expert[0]].get(expert, -1) for expert in experts]
+        assert -1 not in slots, f"not resident: {[expert for expert in experts if expert not in self]}"
         return slots
 
     def is_arriving(self, expert: ExpertId) -> bool:
@@ -156,7 +157,7 @@ class ExpertCache:
 
     def is_transient(self, expert: ExpertId) -> bool:
         """Whether `expert` is resident and among the first to leave: admitted as transient and not promoted since."""
-        return expert in self._transient.ranks
+        return expert in self._eviction.transient[expert[0]]
 
     # Admission
 
@@ -169,31 +170,30 @@ class ExpertCache:
         """
         layer = expert[0]
         assert 0 <= layer < self.layers, f"{expert} is not in one of {self.layers} layers"
-        assert expert not in self._slots, f"{expert} is resident already, in slot {self._slots[expert]}"
+        assert expert not in self, f"{expert} is resident already, in slot {self.slot_of(expert)}"
         victim = None
         if self._free:
             slot = self._free.pop()
         else:
-            victim = self._victim(layer)
+            victim = self._eviction.victim(layer)
             if victim is None:
                 return None
             slot = self._release(victim)
-        self._slots[expert] = slot
-        self._counts[layer] += 1
+        self._slots[layer][expert] = slot
         self._arriving.add(expert)
-        (self._transient if transient else self._policy).insert(expert)
+        self._eviction.insert(expert, transient)
         return Admission(slot, victim)
 
     def next_victim(self, layer: int) -> ExpertId | None:
         """Who would leave for an admission to `layer` now: nobody while a slot is free, or where nobody may leave."""
-        return None if self._free else self._victim(layer)
+        return None if self._free else self._eviction.victim(layer)
 
     def arrived(self, expert: ExpertId) -> None:
         """The bytes of `expert` are in its slot."""
         assert expert in self._arriving, f"{expert} is not arriving"
         self._arriving.remove(expert)
-        self._table.enter(expert, self._slots[expert])
-        self._stale.add(expert[0])
+        self._table.enter(expert, self._slots[expert[0]][expert])
+        self._eviction.changed(expert[0])
 
     def abandon(self, expert: ExpertId) -> None:
         """The read of the arriving `expert` failed or was cancelled: its slot is free again. Locks on it stay."""
@@ -203,15 +203,12 @@ class ExpertCache:
 
     def demote(self, expert: ExpertId) -> None:
         """Put a resident expert among the first to leave: it is to be had elsewhere, too."""
-        if expert in self._slots and expert not in self._transient.ranks:
-            self._policy.remove(expert)
-            self._transient.insert(expert)
+        if expert in self:
+            self._eviction.demote(expert)
 
     def promote(self, expert: ExpertId) -> None:
         """Undo `demote`, or a transient admission, if the expert is still resident."""
-        if expert in self._transient.ranks:
-            self._transient.remove(expert)
-            self._policy.insert(expert)
+        self._eviction.promote(expert)
 
     def tick(self) -> None:
         """One token is done."""
@@ -224,7 +221,6 @@ class ExpertCache:
         locks = self._locks
         for expert in experts:
             locks[expert] = locks.get(expert, 0) + 1
-            self._stale.add(expert[0])
 
     def unlock(self, experts: Iterable[ExpertId]) -> None:
         """Undo one `lock` of each of `experts`."""
@@ -234,7 +230,6 @@ class ExpertCache:
             assert count > 0, f"{expert} is not locked"
             if count > 1:
                 locks[expert] = count - 1
-            self._stale.add(expert[0])
 
     def locked(self, experts: Lookup | Iterable[ExpertId]) -> AbstractContextManager[None]:
         """Hold locks on `experts`, or on the hits and misses of a lookup, for the length of a `with` block."""
@@ -252,7 +247,7 @@ class ExpertCache:
         leaves or moves is locked or arriving, and ValueError below the floors.
         """
         self._require_floors(capacity)
-        beyond = [(expert, slot) for expert, slot in self._slots.items() if slot >= capacity]
+        beyond = [(expert, slot) for expert, slot in self.residents().items() if slot >= capacity]
         lost, moving = (beyond, []) if move is None else self._coldest(capacity, beyond)
         self._require_idle([expert for expert, _ in (*lost, *moving)])
         for expert, slot in lost:
@@ -263,8 +258,8 @@ class ExpertCache:
         for expert, slot in moving:
             assert move is not None
             move(expert, slot, kept[-1])
-            self._slots[expert] = kept.pop()
-            self._table.enter(expert, self._slots[expert])
+            self._slots[expert[0]][expert] = kept[-1]
+            self._table.enter(expert, kept.pop())
         self._free = [*range(capacity - 1, self.capacity - 1, -1), *kept]
         self.capacity = capacity
         self._policy.resize(capacity)
@@ -272,18 +267,18 @@ class ExpertCache:
 
     def residents(self) -> dict[ExpertId, int]:
         """A copy of who is in which slot, arriving experts included."""
-        return dict(self._slots)
+        return {expert: slot for slots in self._slots for expert, slot in slots.items()}
 
     def resident_count(self, layer: int) -> int:
         """Residents of one layer, arriving experts included."""
-        return self._counts[layer]
+        return len(self._slots[layer])
 
     def clear(self) -> None:
         """Evict everybody. Raises SlotInUseError, changing nothing, when somebody is locked or arriving."""
-        self._require_idle([*self._slots, *self._locks])
-        for expert in self._slots:
-            (self._transient if expert in self._transient.ranks else self._policy).remove(expert)
-        self._clear_slots()
+        self._require_idle([*self.residents(), *self._locks])
+        for expert in self.residents():
+            self._eviction.remove(expert)
+        self._start(self._policy)
 
     def recover(self) -> None:
         """After an interruption, when nothing is being read any more: nobody is arriving or locked from now on.
@@ -292,82 +287,50 @@ class ExpertCache:
         the policy begins anew.
         """
         self._locks.clear()
-        self._stale.update(range(self.layers))
+        for layer in range(self.layers):
+            self._eviction.changed(layer)
         try:
             for expert in tuple(self._arriving):
                 self.abandon(expert)
             self.check_integrity(idle=True)
-            for order in copy.deepcopy((self._policy, self._transient)):
-                for expert in tuple(order.victims()):
-                    order.remove(expert)  # fails where the policy's own books are half-written
+            policy = copy.deepcopy(self._policy)
+            for expert, _ in tuple(policy.victims()):
+                policy.remove(expert)  # fails where the policy's own books are half-written
         except (AssertionError, LookupError, ValueError):
             policy = copy.deepcopy(self._new_policy)
             policy.resize(self.capacity)
             self._start(policy)
-        self._table.replace(self._slots)
+        self._table.replace(self.residents())
 
     def check_integrity(self, idle: bool = False) -> None:
         """Raise AssertionError with the numbers when the books do not balance; `idle`: also when anybody is in use."""
-        slots = sorted([*self._slots.values(), *self._free])
+        residents = self.residents()
+        slots = sorted([*residents.values(), *self._free])
         assert slots == list(range(self.capacity)), f"slots used and free are {slots}, not 0..{self.capacity - 1}"
-        counts = [0] * self.layers
-        for expert in self._slots:
-            counts[expert.layer] += 1
-        assert counts == self._counts, f"layers have {counts} residents, but {self._counts} are booked"
-        ordered = [*self._policy.victims(), *self._transient.victims()]
+        ordered = self._eviction.order()
         assert len(ordered) == len(set(ordered)), f"{len(ordered)} evictable, but only {len(set(ordered))} distinct"
-        odd = set(ordered) ^ set(self._slots)
+        odd = set(ordered) ^ set(residents)
         assert not odd, f"either resident or in an order, not both: {odd}"
-        assert self._arriving <= set(self._slots), f"arriving without a slot: {self._arriving - set(self._slots)}"
+        assert self._arriving <= set(residents), f"arriving without a slot: {self._arriving - set(residents)}"
         assert all(count > 0 for count in self._locks.values()), f"lock counts below 1: {self._locks}"
         assert self.capacity >= self.layers * self.floor, f"{self.capacity} slots < {self.layers} x {self.floor}"
-        for layer in set(range(self.layers)) - self._stale:
-            head, rank = self._head(layer)
-            known = self._heads[layer], self._ranks[layer], self._open[layer]
-            now = head, rank, rank if self._counts[layer] > self.floor else _NOBODY
-            assert known == now, f"layer {layer}: {known} is remembered as next to leave, but it is {now}"
+        self._eviction.check_integrity()
         if idle:
             assert not self._locks, f"{len(self._locks)} experts are locked: {self._locks}"
             assert not self._arriving, f"{len(self._arriving)} experts are arriving: {self._arriving}"
-
-    # Who leaves. Each layer's next victim is remembered until something in that layer changes, so that an eviction
-    # looks at the one or two layers that did change and then takes the minimum of a list.
-
-    def _victim(self, layer: int) -> ExpertId | None:
-        for stale in self._stale:
-            self._heads[stale], self._ranks[stale] = _, rank = self._head(stale)
-            self._open[stale] = rank if self._counts[stale] > self.floor else _NOBODY
-        self._stale.clear()
-        lowest = min(self._open)
-        if self._ranks[layer] <= lowest:  # its own layer may always give, down to nothing
-            return self._heads[layer]
-        return self._heads[self._open.index(lowest)]
-
-    def _head(self, layer: int) -> tuple[ExpertId | None, float]:
-        """Who would leave `layer` next, and with what rank."""
-        arriving, locks = self._arriving, self._locks
-        if self._transient.ranks:
-            for expert in self._transient.victims(layer):
-                if expert not in arriving and expert not in locks:
-                    return expert, self._transient.ranks[expert] + _TRANSIENT_FIRST
-        for expert in self._policy.victims(layer):
-            if expert not in arriving and expert not in locks:
-                return expert, self._policy.ranks[expert]
-        return None, _NOBODY
 
     def _coldest(
         self, capacity: int, beyond: list[tuple[ExpertId, int]]
     ) -> tuple[list[tuple[ExpertId, int]], list[tuple[ExpertId, int]]]:
         """Who leaves so that `capacity` remain, and who has to move then, each with the slot."""
-        victims = chain(self._transient.victims(), self._policy.victims())
-        lost = {expert: self._slots[expert] for expert in islice(victims, max(0, len(self) - capacity))}
+        first = self._eviction.order()[: max(0, len(self) - capacity)]
+        lost = {expert: self._slots[expert[0]][expert] for expert in first}
         return list(lost.items()), [(expert, slot) for expert, slot in beyond if expert not in lost]
 
     def _release(self, expert: ExpertId) -> int:
         self._table.remove(expert)
-        (self._transient if expert in self._transient.ranks else self._policy).remove(expert)
-        self._counts[expert[0]] -= 1
-        return self._slots.pop(expert)
+        self._eviction.remove(expert)
+        return self._slots[expert[0]].pop(expert)
 
     def _require_floors(self, capacity: int) -> None:
         if capacity < self.layers * self.floor:
@@ -383,18 +346,10 @@ class ExpertCache:
 
     def _start(self, policy: EvictionPolicy) -> None:
         """Begin with no residents."""
-        self._policy, self._transient = policy, LRU()
-        self._transient.stale = self._stale = policy.stale  # one set: whatever changed a layer's order
-        self._clear_slots()
-
-    def _clear_slots(self) -> None:
-        self._slots: dict[ExpertId, int] = {}
-        self._table.replace(self._slots)
+        self._policy = policy
+        self._slots: list[dict[ExpertId, int]] = [{} for _ in range(self.layers)]
         self._free = list(range(self.capacity - 1, -1, -1))  # a stack, lowest slot on top
-        self._counts = [0] * self.layers
         self._arriving: set[ExpertId] = set()
         self._locks: dict[ExpertId, int] = {}
-        self._heads: list[ExpertId | None] = [None] * self.layers
-        self._ranks: list[float] = [_NOBODY] * self.layers
-        self._open: list[float] = [_NOBODY] * self.layers
-        self._stale.update(range(self.layers))
+        self._eviction = Eviction(policy, self._slots, self.floor, self._locks, self._arriving)
+        self._table.replace({})

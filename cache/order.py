@@ -7,67 +7,76 @@ and every expert has a rank, so that layers can be compared.
 from __future__ import annotations
 
 import heapq
+from abc import ABC, abstractmethod
 from bisect import insort
-from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import chain
+from operator import itemgetter
+from typing import Generic, TypeVar
 
 from .expert import ExpertId
 
-LEVEL_BITS = 48  # a rank is the level above a clock that ticks once per placement: 2**48 of them do not happen
+Ranked = tuple[ExpertId, float]
+"""A resident and its place in the order of all layers: the lowest rank leaves first, and size is below 2**60."""
+T = TypeVar("T")
+LEVEL = 2.0**48  # a rank is so many levels and the placements before: 2**48 of them do not happen
 
 
-class LevelledOrder:
-    """Residents by level, then by placement: what the policies share. Not a policy itself: it knows no requests."""
+class Order(ABC, Generic[T]):
+    """Residents of every layer, each with a rank. What the eviction policies are made of; not one itself."""
+
+    def __init__(self) -> None:
+        self.stale: set[int] = set()
+        self._layers: dict[int, T] = {}
+
+    def victims(self, layer: int | None = None) -> Iterator[Ranked]:
+        if layer is None:
+            return heapq.merge(*map(self._of_layer, self._layers), key=itemgetter(1))
+        return self._of_layer(layer) if layer in self._layers else iter(())
+
+    @abstractmethod
+    def _of_layer(self, layer: int) -> Iterator[Ranked]:
+        """Residents of one layer, by ascending rank."""
+
+
+class LevelledOrder(Order[list[dict[ExpertId, float]]]):
+    """Residents by level, then by placement."""
 
     def __init__(self, levels: int) -> None:
-        self.stale: set[int] = set()
-        self.ranks: dict[ExpertId, int] = {}
-        self._levels = levels
-        self._clock = 0
-        self._layers: dict[int, list[OrderedDict[ExpertId, None]]] = {}
+        super().__init__()
+        self._clock = 0.0
+        self._level: dict[ExpertId, int] = {}
+        self._levels = levels  # a layer is a list of them: ranks in ascending order
 
     def place(self, expert: ExpertId, level: int) -> None:
         """Put `expert` last in `level`, wherever it was before."""
-        layer = expert[0]
-        self._clock += 1
-        rank = level << LEVEL_BITS | self._clock
-        old = self.ranks.get(expert)
-        self.ranks[expert] = rank
-        self.stale.add(layer)
-        if layer not in self._layers:
-            self._layers[layer] = [OrderedDict() for _ in range(self._levels)]
-        orders = self._layers[layer]
+        layer, old = expert[0], self._level.get(expert)
+        orders = self._layers.get(layer) or self._layers.setdefault(layer, [{} for _ in range(self._levels)])
         if old is not None:
-            old_level = old >> LEVEL_BITS
-            if old_level == level:
-                orders[level].move_to_end(expert)
-                return
-            del orders[old_level][expert]
-        orders[level][expert] = None
+            del orders[old][expert]
+            self.stale.add(layer)
+        self._level[expert] = level
+        self._clock = clock = self._clock + 1.0
+        orders[level][expert] = level * LEVEL + clock
 
     def remove(self, expert: ExpertId) -> None:
-        level = self.ranks.pop(expert) >> LEVEL_BITS
+        level = self._level.pop(expert)
         del self._layers[expert[0]][level][expert]
         self.stale.add(expert[0])
 
-    def victims(self, layer: int | None = None) -> Iterator[ExpertId]:
-        if layer is None:
-            return heapq.merge(*map(self.victims, self._layers), key=self.ranks.__getitem__)
-        return chain.from_iterable(self._layers.get(layer, ()))
+    def _of_layer(self, layer: int) -> Iterator[Ranked]:
+        return chain.from_iterable(map(dict.items, self._layers[layer]))
 
 
-class SortedOrder:
-    """Residents by a key that is given when they are placed; the lowest leaves first. Not a policy itself.
+class SortedOrder(Order[list[ExpertId]]):
+    """Residents by a key that is given when they are placed; the lowest leaves first.
 
     A layer is sorted when somebody asks for its victims: most requests are hits, and nearly sorted lists sort fast.
     """
 
     def __init__(self) -> None:
-        self.stale: set[int] = set()
-        self.ranks: dict[ExpertId, float] = {}
-        self._keys = self.ranks
-        self._layers: dict[int, list[ExpertId]] = {}
+        super().__init__()
+        self._keys: dict[ExpertId, float] = {}
         self._unsorted: set[int] = set()
 
     def place(self, expert: ExpertId, key: float) -> None:
@@ -75,9 +84,9 @@ class SortedOrder:
         layer, keys = expert[0], self._keys
         known = expert in keys
         keys[expert] = key
-        self.stale.add(layer)
         if known:
             self._unsorted.add(layer)
+            self.stale.add(layer)
         elif layer in self._unsorted:
             self._layers[layer].append(expert)
         else:
@@ -88,14 +97,12 @@ class SortedOrder:
         self._layers[expert[0]].remove(expert)
         self.stale.add(expert[0])
 
-    def victims(self, layer: int | None = None) -> Iterator[ExpertId]:
-        if layer is None:
-            return heapq.merge(*map(self.victims, self._layers), key=self.ranks.__getitem__)
-        order = self._layers.get(layer, [])
+    def _of_layer(self, layer: int) -> Iterator[Ranked]:
+        order, keys = self._layers[layer], self._keys
         if layer in self._unsorted:
             self._unsorted.remove(layer)
-            order.sort(key=self._keys.__getitem__)
-        return iter(order)
+            order.sort(key=keys.__getitem__)
+        return zip(order, map(keys.__getitem__, order), strict=True)
 
 
 class UseCounts:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from .expert import ExpertId
 from .forecast import Forecast
+from .order import Ranked
 from .published import FIFO, LFRU, LFU, LRU, LRU2, SLRU, WTinyLFU
 
 
@@ -15,29 +16,22 @@ class EvictionPolicy(Protocol):
     """An order of residents. All methods but `resize` and `tick` cost constant or near-constant time."""
 
     stale: set[int]
-    """Layers whose order changed since the caller last cleared the set; the policy only adds to it."""
-
-    @property
-    def ranks(self) -> Mapping[ExpertId, float]:
-        """The place of residents in the order of all layers: the lowest leaves first, and size is below 2**60.
-
-        An expert's rank is good from when `victims` has yielded it until its layer is stale.
-        """
-        ...
+    """Layers of which somebody other than the latest inserted has another place or rank since the caller last cleared
+    the set; the policy only adds to it."""
 
     def insert(self, expert: ExpertId) -> None:
         """`expert` was requested and is resident from now on. It must not be inserted twice."""
         ...
 
-    def touch(self, expert: ExpertId) -> None:
-        """The resident `expert` was requested again."""
+    def touch(self, experts: Sequence[ExpertId]) -> None:
+        """These residents of one layer were requested again, in this order."""
         ...
 
     def remove(self, expert: ExpertId) -> None:
         """The resident `expert` is gone."""
         ...
 
-    def victims(self, layer: int | None = None) -> Iterator[ExpertId]:
+    def victims(self, layer: int | None = None) -> Iterator[Ranked]:
         """Residents (of one layer, or of all) in the order in which they should leave, by ascending rank.
 
         Lazy, and may be left early. The policy must not be changed while it is iterated.

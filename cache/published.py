@@ -7,9 +7,10 @@ is needed now, and a model touches one cycle (layers x top-k experts) per token 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from .expert import ExpertId
-from .order import LEVEL_BITS, LevelledOrder, SortedOrder, UseCounts
+from .order import LEVEL, LevelledOrder, SortedOrder, UseCounts
 
 
 class FIFO(LevelledOrder):
@@ -21,7 +22,7 @@ class FIFO(LevelledOrder):
     def insert(self, expert: ExpertId) -> None:
         self.place(expert, 0)
 
-    def touch(self, expert: ExpertId) -> None:
+    def touch(self, experts: Sequence[ExpertId]) -> None:
         pass
 
     def resize(self, capacity: int) -> None:
@@ -40,7 +41,9 @@ class LRU(LevelledOrder):
     def insert(self, expert: ExpertId) -> None:
         self.place(expert, 0)
 
-    touch = insert
+    def touch(self, experts: Sequence[ExpertId]) -> None:
+        for expert in experts:
+            self.place(expert, 0)
 
     def resize(self, capacity: int) -> None:
         pass
@@ -59,14 +62,16 @@ class LFU(LevelledOrder):
     def insert(self, expert: ExpertId) -> None:
         self.place(expert, self._uses.add(expert))
 
-    touch = insert
+    def touch(self, experts: Sequence[ExpertId]) -> None:
+        for expert in experts:
+            self.place(expert, self._uses.add(expert))
 
     def resize(self, capacity: int) -> None:
         pass
 
     def tick(self) -> None:
         if self._uses.tick():  # in their old order, so that those who meet in a level keep it
-            for expert in sorted(self.ranks, key=self.ranks.__getitem__):
+            for expert, _ in list(self.victims()):
                 self.place(expert, self._uses[expert])
 
 
@@ -88,11 +93,12 @@ class SLRU(LevelledOrder):
     def insert(self, expert: ExpertId) -> None:
         self.place(expert, 0)
 
-    def touch(self, expert: ExpertId) -> None:
-        self.place(expert, 1)
-        self._protected[expert] = None
-        self._protected.move_to_end(expert)
-        self._demote()
+    def touch(self, experts: Sequence[ExpertId]) -> None:
+        for expert in experts:
+            self.place(expert, 1)
+            self._protected[expert] = None
+            self._protected.move_to_end(expert)
+            self._demote()
 
     def remove(self, expert: ExpertId) -> None:
         super().remove(expert)
@@ -126,9 +132,11 @@ class LRU2(SortedOrder):
         self._clock += 1
         before = self._last.get(expert)
         self._last[expert] = self._clock
-        self.place(expert, self._clock if before is None else 1 << LEVEL_BITS | before)
+        self.place(expert, self._clock if before is None else LEVEL + before)
 
-    touch = insert
+    def touch(self, experts: Sequence[ExpertId]) -> None:
+        for expert in experts:
+            self.insert(expert)
 
     def resize(self, capacity: int) -> None:
         pass
@@ -156,12 +164,13 @@ class LFRU(LevelledOrder):
     def insert(self, expert: ExpertId) -> None:
         self.place(expert, self._uses.add(expert))
 
-    def touch(self, expert: ExpertId) -> None:
-        self._uses.add(expert)
-        self.place(expert, UseCounts.MOST + 1)
-        self._privileged[expert] = None
-        self._privileged.move_to_end(expert)
-        self._demote()
+    def touch(self, experts: Sequence[ExpertId]) -> None:
+        for expert in experts:
+            self._uses.add(expert)
+            self.place(expert, UseCounts.MOST + 1)
+            self._privileged[expert] = None
+            self._privileged.move_to_end(expert)
+            self._demote()
 
     def remove(self, expert: ExpertId) -> None:
         super().remove(expert)
@@ -173,8 +182,9 @@ class LFRU(LevelledOrder):
 
     def tick(self) -> None:
         if self._uses.tick():
-            for expert in sorted(self.ranks.keys() - self._privileged.keys(), key=self.ranks.__getitem__):
-                self.place(expert, self._uses[expert])
+            for expert, _ in list(self.victims()):
+                if expert not in self._privileged:
+                    self.place(expert, self._uses[expert])
 
     def _demote(self) -> None:
         while len(self._privileged) > self._room:
@@ -201,13 +211,14 @@ class WTinyLFU(LevelledOrder):
         self._move(expert, 3)
         self._settle()
 
-    def touch(self, expert: ExpertId) -> None:
-        self._uses.add(expert)
-        self._move(expert, 3 if expert in self._parts[3] else 2)
-        self._settle()
+    def touch(self, experts: Sequence[ExpertId]) -> None:
+        for expert in experts:
+            self._uses.add(expert)
+            self._move(expert, 3 if expert in self._parts[3] else 2)
+            self._settle()
 
     def remove(self, expert: ExpertId) -> None:
-        del self._parts[self.ranks[expert] >> LEVEL_BITS][expert]
+        del self._parts[self._level[expert]][expert]
         super().remove(expert)
 
     def resize(self, capacity: int) -> None:
@@ -222,13 +233,12 @@ class WTinyLFU(LevelledOrder):
         _, probation, protected, window = self._parts
         while len(window) > self._window:
             newcomer, rival = next(iter(window)), next(iter(probation or protected), None)
-            loses = rival is not None and self._uses[newcomer] < self._uses[rival]
-            self._move(newcomer, 0 if loses else 1)
+            self._move(newcomer, 1 if rival is None or self._uses[newcomer] >= self._uses[rival] else 0)
         while len(protected) > self._room:
             self._move(next(iter(protected)), 1)
 
     def _move(self, expert: ExpertId, part: int) -> None:
-        if expert in self.ranks:
-            del self._parts[self.ranks[expert] >> LEVEL_BITS][expert]
+        if expert in self._level:
+            del self._parts[self._level[expert]][expert]
         self._parts[part][expert] = None
         self.place(expert, part)

@@ -182,19 +182,15 @@ def _serve(steps: Sequence[Step], policy: EvictionPolicy, slots: int, layers: in
     """It does what `ExpertCache` does when every read arrives at once, at a third of the cost; a test holds the two
     against each other."""
     misses = [0] * len(steps)
-    touch, insert, remove, victims, stale = policy.touch, policy.insert, policy.remove, policy.victims, policy.stale
-    ranks, resident, free = policy.ranks, set[ExpertId](), slots
+    insert, remove, victims, stale = policy.insert, policy.remove, policy.victims, policy.stale
+    resident, free = set[ExpertId](), slots
     counts = [0] * layers
     heads: list[ExpertId | None] = [None] * layers
     lowest: list[float] = [_NOBODY] * layers  # each layer's lowest rank
     offers: list[float] = [_NOBODY] * layers  # the same where the layer is above its floor
     for at, step in enumerate(steps):
-        missing = []
-        for expert in step:
-            if expert in resident:
-                touch(expert)
-            else:
-                missing.append(expert)
+        missing = [expert for expert in step if expert not in resident]
+        policy.touch([expert for expert in step if expert in resident])
         if missing:
             layer = step[0][0]
             misses[at] = len(missing)
@@ -204,12 +200,11 @@ def _serve(steps: Sequence[Step], policy: EvictionPolicy, slots: int, layers: in
                     free -= 1
                 else:
                     for changed in stale:
-                        for head in victims(changed):
+                        heads[changed], rank = None, _NOBODY
+                        for head, place in victims(changed):
                             if head not in step:
-                                heads[changed], rank = head, ranks[head]
+                                heads[changed], rank = head, place
                                 break
-                        else:
-                            heads[changed], rank = None, _NOBODY
                         lowest[changed], offers[changed] = rank, rank if counts[changed] > floor else _NOBODY
                     stale.clear()
                     least = min(offers)

@@ -22,7 +22,7 @@ ORDER = {
         "triton_kernels linear triton_linear"
     ),
     "cache": (
-        "expert units json_fields whole_file order published forecast analog hybrid policy manager "
+        "expert units json_fields whole_file order published forecast analog hybrid policy eviction manager "
         "trace history replay counters device_stats saved_stats cost advice machine routing strategies "
         "simulate verdict report sections report_text charts report_html stats past_runs answer_line "
         "self_test"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pocketmoe.cache.expert import ExpertId
-from pocketmoe.cache.order import UseCounts
+from pocketmoe.cache.order import Ranked, UseCounts
 from pocketmoe.cache.policy import EvictionPolicy, get_policy, policy_names
 from pocketmoe.cache.published import LFU, LRU, SLRU
 
@@ -26,6 +26,17 @@ def ids(*pairs: tuple[int, int]) -> list[ExpertId]:
     return [ExpertId(*pair) for pair in pairs]
 
 
+def order(policy: EvictionPolicy, layer: int | None = None) -> list[ExpertId]:
+    return [expert for expert, _ in policy.victims(layer)]
+
+
+def request(policy: EvictionPolicy, expert: ExpertId) -> None:
+    if expert in order(policy):
+        policy.touch([expert])
+    else:
+        policy.insert(expert)
+
+
 def serve(policy: EvictionPolicy, tokens: list[list[ExpertId]], capacity: int) -> int:
     """Hits of a plain cache that requests `tokens` in order."""
     resident: set[ExpertId] = set()
@@ -34,10 +45,10 @@ def serve(policy: EvictionPolicy, tokens: list[list[ExpertId]], capacity: int) -
         for expert in token:
             if expert in resident:
                 hits += 1
-                policy.touch(expert)
+                policy.touch([expert])
                 continue
             if len(resident) == capacity:
-                victim = next(policy.victims())
+                victim, _ = next(policy.victims())
                 policy.remove(victim)
                 resident.remove(victim)
             policy.insert(expert)
@@ -50,9 +61,9 @@ def test_the_first_inserted_leaves_first_when_nothing_is_requested_again(policy)
     experts = ids((2, 0), (0, 1), (1, 3), (0, 0))
     for expert in experts:
         policy.insert(expert)
-    assert list(policy.victims()) == experts
-    assert list(policy.victims(0)) == ids((0, 1), (0, 0))
-    assert list(policy.victims(99)) == []
+    assert order(policy) == experts
+    assert order(policy, 0) == ids((0, 1), (0, 0))
+    assert order(policy, 99) == []
 
 
 @pytest.mark.parametrize("name", sorted({*policy_names()} - {"fifo", "wtinylfu"}))  # which ignore it, or judge it later
@@ -61,17 +72,17 @@ def test_a_requested_expert_leaves_after_one_that_was_not(name):
     old, new = ids((0, 0), (0, 1))
     policy.insert(old)
     policy.insert(new)
-    policy.touch(old)
-    assert list(policy.victims()) == [new, old]
+    policy.touch([old])
+    assert order(policy) == [new, old]
 
 
 def test_iterating_over_victims_can_stop_early_and_changes_nothing(policy):
     for expert in ids((0, 0), (1, 0), (0, 1), (1, 1)):
         policy.insert(expert)
-    before = list(policy.victims())
+    before = order(policy)
     for count in range(4):
-        assert list(islice(policy.victims(), count)) == before[:count]
-    assert list(policy.victims()) == before
+        assert [expert for expert, _ in islice(policy.victims(), count)] == before[:count]
+    assert order(policy) == before
 
 
 def test_an_unknown_expert_cannot_be_removed(policy):
@@ -85,10 +96,10 @@ def test_an_unknown_expert_cannot_be_removed(policy):
 def test_the_order_holds_exactly_the_residents_whatever_happens(name, data):
     policy = get_policy(name, CAPACITY, CYCLE)
     residents: set[ExpertId] = set()
-    orders: dict[int, list[ExpertId]] = {layer: [] for layer in range(LAYERS)}
+    known: dict[int, list[Ranked]] = {layer: [] for layer in range(LAYERS)}
     steps = st.tuples(st.sampled_from("iiitttrkz"), st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
     for what, layer, index in data.draw(st.lists(steps, max_size=120)):
-        expert = ExpertId(layer, index)
+        expert, inserted = ExpertId(layer, index), None
         if what == "k":
             for _ in range(40):
                 policy.tick()
@@ -98,21 +109,24 @@ def test_the_order_holds_exactly_the_residents_whatever_happens(name, data):
             residents.remove(expert)
             policy.remove(expert)
         elif expert in residents:
-            policy.touch(expert)
+            chosen = sorted(e for e in residents if e.layer == layer and e.index >= index)
+            policy.touch(chosen)
         elif what == "i":
             residents.add(expert)
             policy.insert(expert)
-        order = list(policy.victims())
-        assert len(order) == len(residents)
-        assert set(order) == residents == set(policy.ranks)
-        ranks = [policy.ranks[expert] for expert in order]
+            inserted = expert
+        ranked = list(policy.victims())
+        assert len(ranked) == len(residents)
+        assert {expert for expert, _ in ranked} == residents
+        ranks = [rank for _, rank in ranked]
         assert ranks == sorted(ranks)
         assert all(abs(rank) < 2**60 for rank in ranks)
         for layer in range(LAYERS):
             of_layer = list(policy.victims(layer))
-            assert of_layer == [expert for expert in order if expert.layer == layer]
-            assert of_layer == orders[layer] or layer in policy.stale, "an order changed in silence"
-            orders[layer] = of_layer
+            assert of_layer == [pair for pair in ranked if pair[0].layer == layer]
+            others = [pair for pair in of_layer if pair[0] != inserted]
+            assert others == known[layer] or layer in policy.stale, "an order changed in silence"
+            known[layer] = of_layer
         policy.stale.clear()
 
 
@@ -130,17 +144,17 @@ def test_lru_equals_a_list_with_the_latest_request_at_its_end(steps):
                 policy.remove(expert)
             continue
         model.append(expert)
-        (policy.touch if known else policy.insert)(expert)
-        assert list(policy.victims()) == model
+        request(policy, expert)
+        assert order(policy) == model
 
 
 def test_lfu_keeps_what_was_requested_often_over_what_was_requested_last():
     policy = LFU()
     often, lately = ids((0, 0), (0, 1))
     policy.insert(often)
-    policy.touch(often)
+    policy.touch([often])
     policy.insert(lately)
-    assert next(policy.victims()) == lately
+    assert order(policy)[0] == lately
 
 
 def test_lfu_remembers_the_count_of_an_evicted_expert():
@@ -150,7 +164,7 @@ def test_lfu_remembers_the_count_of_an_evicted_expert():
     policy.remove(back)
     policy.insert(back)
     policy.insert(once)
-    assert list(policy.victims()) == [once, back]
+    assert order(policy) == [once, back]
 
 
 def test_lfu_forgets_a_former_favourite():
@@ -158,13 +172,13 @@ def test_lfu_forgets_a_former_favourite():
     former, current = ids((0, 0), (0, 1))
     policy.insert(former)
     for _ in range(100):
-        policy.touch(former)
+        policy.touch([former])
     for _ in range(UseCounts.HALVE_AFTER * 4):
         policy.tick()
     policy.insert(current)
-    policy.touch(current)
-    policy.touch(current)
-    assert next(policy.victims()) == former
+    policy.touch([current])
+    policy.touch([current])
+    assert order(policy)[0] == former
 
 
 def test_slru_keeps_the_reused_through_a_scan_that_flushes_lru():
@@ -173,7 +187,7 @@ def test_slru_keeps_the_reused_through_a_scan_that_flushes_lru():
     for name in ("lru", "slru"):
         policy = get_policy(name, 10, 2)
         serve(policy, [reused, reused, scan], 10)
-        kept[name] = set(reused) & set(policy.ranks)
+        kept[name] = set(reused) & set(order(policy))
     assert kept == {"lru": set(), "slru": set(reused)}
 
 
@@ -191,10 +205,10 @@ def test_slru_demotes_the_oldest_protected_expert_when_others_take_its_room():
     for expert in (experts := ids((0, 0), (1, 0), (2, 0), (2, 1))):
         policy.insert(expert)
     for expert in experts[:3]:
-        policy.touch(expert)
-    assert list(policy.victims()) == [experts[3], experts[0], experts[1], experts[2]]
+        policy.touch([expert])
+    assert order(policy) == [experts[3], experts[0], experts[1], experts[2]]
     policy.resize(8)
-    assert list(policy.victims(2)) == [experts[3], experts[2]]
+    assert order(policy, 2) == [experts[3], experts[2]]
 
 
 def test_lru2_equals_a_list_sorted_by_second_last_use():
@@ -203,31 +217,31 @@ def test_lru2_equals_a_list_sorted_by_second_last_use():
     for _ in range(400):
         expert, clock = ExpertId(rng.randrange(2), rng.randrange(6)), clock + 1
         uses.setdefault(expert, []).append(clock)
-        if expert not in policy.ranks and len(policy.ranks) == 8:
-            policy.remove(next(policy.victims()))
-        (policy.touch if expert in policy.ranks else policy.insert)(expert)
-        want = sorted(policy.ranks, key=lambda expert: (len(uses[expert]) > 1, uses[expert][-2:][0]))
-        assert list(policy.victims()) == want
+        if expert not in order(policy) and len(order(policy)) == 8:
+            policy.remove(order(policy)[0])
+        request(policy, expert)
+        want = sorted(order(policy), key=lambda expert: (len(uses[expert]) > 1, uses[expert][-2:][0]))
+        assert order(policy) == want
 
 
 def test_lfru_keeps_the_latest_reused_and_of_the_others_the_often_used():
     policy = get_policy("lfru", 10, 8)  # room for two privileged experts
     often, former, *latest = ids((0, 0), (0, 1), (0, 2), (0, 3))
     for expert in [often] * 9 + [former] * 2 + latest * 2:
-        (policy.touch if expert in policy.ranks else policy.insert)(expert)
-    assert list(policy.victims()) == [former, often, *latest]
+        request(policy, expert)
+    assert order(policy) == [former, often, *latest]
 
 
 def test_wtinylfu_lets_a_newcomer_stay_only_if_it_was_used_more_often():
     policy = get_policy("wtinylfu", 8, 4)  # a window of one
     resident, once, often, last = ids((0, 0), (0, 1), (0, 2), (0, 3))
     for expert in (resident, resident, once, often):
-        (policy.touch if expert in policy.ranks else policy.insert)(expert)
-    assert next(policy.victims()) == once
+        request(policy, expert)
+    assert order(policy)[0] == once
     for _ in range(3):
-        policy.touch(often)
+        policy.touch([often])
     policy.insert(last)
-    assert list(policy.victims()) == [once, resident, often, last]
+    assert order(policy) == [once, resident, often, last]
 
 
 def test_forecast_keeps_the_often_used_over_the_latest_until_it_was_not_wanted_for_long():
@@ -236,15 +250,15 @@ def test_forecast_keeps_the_often_used_over_the_latest_until_it_was_not_wanted_f
     policy.insert(often)
     for _ in range(9):
         policy.tick()
-        policy.touch(often)
+        policy.touch([often])
     policy.tick()
     policy.insert(latest)
-    assert next(policy.victims()) == latest
+    assert order(policy)[0] == latest
     for _ in range(100):
         policy.tick()
-        policy.touch(latest)
+        policy.touch([latest])
     policy.insert(ExpertId(0, 1))  # the turn of the former favourite's layer
-    assert next(policy.victims()) == often
+    assert order(policy)[0] == often
 
 
 def test_forecast_trusts_two_uses_now_more_than_four_of_a_while_ago():
@@ -254,8 +268,8 @@ def test_forecast_trusts_two_uses_now_more_than_four_of_a_while_ago():
         if expert is None:
             policy.tick()
         else:
-            (policy.touch if expert in policy.victims() else policy.insert)(expert)
-    assert next(policy.victims()) == former
+            request(policy, expert)
+    assert order(policy)[0] == former
 
 
 @pytest.mark.parametrize("name", policy_names())

@@ -24,7 +24,7 @@ BOOKING = ("offload.reads", "offload.prefetch", "offload.warm_start")
 ALL = (
     *BOOKING,
     *("offload.runtime", "offload.transfer", "offload.recovery"),
-    *("cache.manager", "cache.order", "cache.published", "cache.analog"),
+    *("cache.manager", "cache.eviction", "cache.order", "cache.published", "cache.analog"),
 )
 
 
