@@ -29,6 +29,7 @@ COMPARED = 128  # experts of a token, at most
 AFTER = np.arange(2, 6)  # which tokens after a similar one vote: the first after it is like the one that comes now
 WEIGHTS = 0.5 ** np.arange(len(AFTER))
 FADE = 2.0 ** (-1 / HALF_LIFE)
+ROOM = 512  # columns that are added at once
 INSTANT = 1e-6  # tokens between two requests: no two are at the same time
 Array = np.ndarray[Any, Any]
 Turn = tuple[float, "array[float]"]
@@ -114,10 +115,11 @@ class Estimates:
     def number(self, expert: ExpertId) -> int:
         """A column for an expert that was never used."""
         if len(self.experts) >= len(self._count):
-            self._count = np.concatenate([self._count, np.zeros(512)])
-            self._last = np.concatenate([self._last, np.full(512, -1e6)])
-            self.now[1].extend([-1e6] * 512)
-            self._chosen.extend([-1.0 / ((1.0 + DOUBT) / SPAN)] * 512)
+            size = len(self._count) + ROOM
+            for soon, unused in (self.now[1], -1e6), (self._chosen, -1.0 / ((1.0 + DOUBT) / SPAN)):
+                soon.extend([unused] * (size - len(soon)))  # what an interruption left is made whole
+            new = np.zeros(ROOM), np.full(ROOM, -1e6)
+            self._count, self._last = map(np.concatenate, zip((self._count, self._last), new, strict=True))
         self.experts.append(expert)
         self.columns[expert] = column = len(self.experts) - 1
         return column
