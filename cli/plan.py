@@ -12,7 +12,7 @@ from ..cache.units import format_bytes, parse_bytes
 from ..offload.errors import MemoryBudgetError, UsageError
 from ..offload.naming import locate
 from .console import without_controls
-from .options import Codec, Trunk
+from .options import Codec, Revision, Trunk
 
 if TYPE_CHECKING:
     from ..offload.outlook import Fit
@@ -22,12 +22,12 @@ SCHEMA_VERSION = 1
 _WIDTH = 80
 
 
-def make_survey(model: str, **options: Any) -> Survey:
+def make_survey(model: str, revision: str | None, **options: Any) -> Survey:
     """`pocketmoe.offload.survey.survey`, imported late because `--help`, and a name of nothing, need none of it."""
-    locate(model)
+    locate(model, revision)
     from ..offload.survey import survey
 
-    return survey(model, **options)
+    return survey(model, revision=revision, **options)
 
 
 def plan(
@@ -55,6 +55,7 @@ def plan(
     ] = None,
     codec: Codec = None,
     trunk: Trunk = None,
+    revision: Revision = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what of a model fits where and how fast it would answer.
@@ -66,7 +67,7 @@ def plan(
     budgets = {name: _budget(name, text) for name, text in (("ram", ram), ("vram", vram))}
     from ..offload.estimate import Rates
 
-    found = make_survey(model, **budgets, rates=Rates(*speeds), context=context, codec=codec, trunk=trunk)
+    found = make_survey(model, revision, **budgets, rates=Rates(*speeds), context=context, codec=codec, trunk=trunk)
     print(jsonlib.dumps(as_data(found)) if json else without_controls("\n".join(as_lines(found))))
     if found.fit is None:
         raise typer.Exit(MemoryBudgetError.exit_code)

@@ -31,8 +31,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS, _COUNTS_END = 4, 1 << 31
 _MAX_VALUE, _MAX_HEADER = 64 << 20, 256 << 20
-"""Bytes of one string or list of metadata, and of all that precedes the tensors' data. Vocabularies of 262,144 tokens
-with their merges take 20 MB."""
+"""Bytes of one string or list of metadata, and of all that precedes the tensors' data in the files of a model.
+Vocabularies of 262,144 tokens with their merges take 20 MB."""
 _SYMMETRIC, _WITH_MINIMUM = "int4-g32", "int4-g32-asym"
 _HELD = {MXFP4: ("MXFP4",), _SYMMETRIC: ("Q4_0",), _WITH_MINIMUM: ("Q4_0", "Q4_1", "Q4_K")}
 """Types whose codes and scales records of a codec take over."""
@@ -133,9 +133,10 @@ def read_gguf(path: Path, sizes: Mapping[str, int] | None = None) -> GgufFile:
         DataError: not a GGUF file, damaged, truncated, of an unknown version or tensor type, or a part is missing.
     """
     parts = parts_of(path)
-    files = [_read_one(part, sizes[part.name] if sizes else None) for part in parts]
-    fields, tensors = files[0][0], {}
-    for _, found in files:
+    fields, tensors, read = {}, {}, 0
+    for part in parts:
+        its_fields, found, length = _read_one(part, sizes[part.name] if sizes else None, read)
+        fields, read = fields or its_fields, read + length
         for name, place in found.items():
             if name in tensors:
                 raise DataError(f"tensor {name} is in both {tensors[name].path} and {place.path}")
@@ -181,19 +182,24 @@ def parts_of(path: Path) -> list[Path]:
     return parts
 
 
-def header_length(path: Path, file: BufferedReader, size: int) -> int:
-    """Bytes of the header of a file that is read from elsewhere, once it has been checked. Raises DataError."""
+def header_length(path: Path, file: BufferedReader, size: int, before: int = 0) -> int:
+    """Bytes of the header of a file that is read from elsewhere, once it has been checked. Raises DataError.
+
+    Args:
+        before: bytes of the headers of the model's other parts.
+    """
     with _damage_explained(path):
-        _Header(path, file, size).read()
+        _Header(path, file, size, before).read()
     return file.tell()
 
 
-def _read_one(path: Path, size: int | None) -> tuple[dict[str, Any], dict[str, Place]]:
+def _read_one(path: Path, size: int | None, before: int) -> tuple[dict[str, Any], dict[str, Place], int]:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise DataError(f"{path} is not a regular file")
         with open(path, "rb") as file, _damage_explained(path):
-            return _Header(path, file, size or os.fstat(file.fileno()).st_size).read()
+            found = _Header(path, file, size or os.fstat(file.fileno()).st_size, before).read()
+            return *found, file.tell()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -210,8 +216,8 @@ def _damage_explained(path: Path) -> Iterator[None]:
 class _Header:
     """A cursor over the bytes of one header. Raises ValueError where they make no sense."""
 
-    def __init__(self, path: Path, file: BufferedReader, size: int) -> None:
-        self.path, self.file, self.size = path, file, size
+    def __init__(self, path: Path, file: BufferedReader, size: int, before: int) -> None:
+        self.path, self.file, self.size, self.before = path, file, size, before
 
     def read(self) -> tuple[dict[str, Any], dict[str, Place]]:
         magic = self.file.read(4)
@@ -263,7 +269,7 @@ class _Header:
             raise ValueError(f"it promises {count} entries in {self.size:,} bytes")
         if nbytes > _MAX_VALUE:
             raise ValueError(f"a value takes {nbytes:,} bytes where {_MAX_VALUE:,} are more than any model needs")
-        if before + nbytes > _MAX_HEADER:
+        if self.before + before + nbytes > _MAX_HEADER:
             raise ValueError(f"it goes on after {_MAX_HEADER:,} bytes, which are more than any model needs")
         return count
 

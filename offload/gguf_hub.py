@@ -18,7 +18,7 @@ from ..cache.units import format_bytes
 from . import hub
 from .config import DEFAULT_CODEC, default_trunk
 from .errors import DataError
-from .gguf_file import PART, header_length
+from .gguf_file import PART, header_length, read_gguf
 from .hub_name import GGUF
 from .source import OnNotice, OnProgress, Progress
 
@@ -115,9 +115,11 @@ def fetch_headers(
         DataError: see `choose`; or the hub cannot be asked, or a file is damaged.
     """
     commit, sizes = _look_up(name, revision, wanted)
+    read = 0
     for number, part in enumerate(sizes, 1):
         remote = hub.RemoteFile(name, part, commit, sizes[part])
-        length = header_length(Path(part), BufferedReader(remote, _BLOCK), sizes[part])
+        length = header_length(Path(part), BufferedReader(remote, _BLOCK), sizes[part], read)
+        read += length
         Path(folder, Path(part).name).write_bytes(remote.content[:length])
         if on_progress is not None:
             on_progress(Progress("headers", number, len(sizes), "files"))
@@ -156,7 +158,7 @@ def fetch_gguf(
     with tempfile.TemporaryDirectory(prefix="pocketmoe-") as folder:
         found = fetch_headers(name, commit, next(iter(sizes)), folder, on_progress, on_notice)
         by_name = {Path(part).name: size for part, size in sizes.items()}
-        source = GgufSource(Path(found["path"]), sizes=by_name)
+        source = GgufSource(path := Path(found["path"]), file=read_gguf(path, by_name))
         codec = codec or source.kept_codec or DEFAULT_CODEC
         download = (hub.cache_folder(), sum(sizes.values()))
         require_fit(source, codec, trunk or default_trunk(codec), Path(dest), download, to_run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .checkpoint import of_config
 from .checkpoint_files import by_pattern
 from .errors import DataError
 from .gguf_config import model_config
-from .gguf_file import Place, expert_matrices, is_kept, keeping_codec, read_gguf
+from .gguf_file import GgufFile, Place, expert_matrices, is_kept, keeping_codec, read_gguf
 from .gguf_tensor import PLAIN, GgufTensor, unpermute
 from .gguf_tokenizer import write_generation_config, write_tokenizer
 from .hub import HubModel
@@ -36,7 +36,7 @@ class GgufSource:
 
     Args:
         model: it is of, on the hub.
-        sizes: see `read_gguf`; weights cannot be read then.
+        file: its header, where that has been read.
 
     Raises:
         DataError: not a GGUF file, damaged, incomplete, dense, or of a family that is not known.
@@ -47,9 +47,9 @@ class GgufSource:
         path: Path,
         on_notice: OnNotice | None = None,
         model: HubModel | None = None,
-        sizes: Mapping[str, int] | None = None,
+        file: GgufFile | None = None,
     ) -> None:
-        self.path, self._file = path, read_gguf(path, sizes)
+        self.path, self._file = path, file or read_gguf(path)
         self._on_notice = on_notice or (lambda _: None)
         self.name = path.name if model is None else f"{model.name}/{path.name}"
         self.revision = model and model.commit

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import logging
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,10 +18,9 @@ from typing import Any
 
 from .checkpoint_files import CONFIG, INDEX_FILE, MAX_SMALL_FILE, is_small_file, read_index, weight_files
 from .errors import DataError, PocketMoEError
-from .hub_name import GGUF
+from .hub_name import GGUF, is_commit
 from .source import OnNotice, OnProgress, Progress
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HEADER_THREADS = 8
 _TIMEOUT_S = 30.0
 _PARTIAL = 206
@@ -56,8 +54,9 @@ class HubModel:
         return {file: size for file, size in self.weights.items() if not (Path(self.folder) / file).is_file()}
 
 
-def is_commit(revision: str | None) -> bool:
-    return revision is not None and _COMMIT.fullmatch(revision) is not None
+def is_settled(revision: str | None) -> bool:
+    """Whether what is here of it may be used: a branch or tag that is named may have moved, if that can be asked."""
+    return revision is None or is_commit(revision) or is_offline()
 
 
 def is_offline() -> bool:
@@ -125,12 +124,17 @@ def find_cached_ggufs(name: str, revision: str | None = None) -> HubModel | None
     return HubModel(name, folder.name, str(folder), files) if files else None
 
 
-def fetch_config(name: str, on_progress: OnProgress | None = None, on_notice: OnNotice | None = None) -> str | None:
+def fetch_config(
+    name: str,
+    revision: str | None = None,
+    on_progress: OnProgress | None = None,
+    on_notice: OnNotice | None = None,
+) -> str | None:
     """The path of a model's config, downloaded alone; None where there are GGUF files instead."""
-    _, sizes = list_files(name)
+    _, sizes = list_files(name, revision)
     if CONFIG not in sizes and any(file.endswith(GGUF) for file in sizes):
         return None
-    return fetch(name, "main", {CONFIG: 0}, None, on_progress, on_notice)[0]
+    return fetch(name, revision or "main", {CONFIG: 0}, None, on_progress, on_notice)[0]
 
 
 def look_up(

@@ -12,12 +12,17 @@ _ID = re.compile(r"\w([\w.-]{0,94}\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 _ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(.*)")
 _AT_REVISION = re.compile(r"([^/]+/[^/]+)/(?:blob|resolve|tree)/([^/]+)(?:/(.*))?")
 _TAG = re.compile(r"[\w.-]+", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 GGUF = ".gguf"
 
 
 def is_hub_id(text: str) -> bool:
     """Whether a text can be the name of a model on the hub."""
     return _ID.fullmatch(text) is not None and "--" not in text and not text.endswith(".git") and ".." not in text
+
+
+def is_commit(revision: str | None) -> bool:
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def parse_name(text: str) -> tuple[str, str] | None:

@@ -203,14 +203,12 @@ def _resolve(
     The hub is asked unless what its cache has of the model is enough. A branch or tag that is named is always looked up
     where that is allowed: it may have moved.
     """
-    local, named = locate(str(path))
+    local, named = locate(str(path), revision)
     if named is None:
-        if revision is not None:
-            raise UsageError(f"{local} is a local path, which has no revisions; leave out --revision {revision}")
         return local, None
     name, wanted = named
-    model, may_be_here = None, revision is None or hub.is_commit(revision) or hub.is_offline()
-    if may_be_here:
+    model = None
+    if hub.is_settled(revision):
         model = None if wanted else hub.find_cached(name, revision)
         if model is None and (gguf := gguf_hub.find_cached(name, revision, wanted)) is not None:
             return gguf.first_file, gguf

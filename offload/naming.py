@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import DataError
+from .errors import DataError, UsageError
 from .hub_name import parse_name
 
 
@@ -16,18 +16,23 @@ def exists(path: Path) -> bool:
         return False
 
 
-def locate(model: str) -> tuple[Path, tuple[str, str] | None]:
+def locate(model: str, revision: str | None = None) -> tuple[Path, tuple[str, str] | None]:
     """The path, and None if there is something; else what `parse_name` makes of it.
+
+    Args:
+        revision: of a model on the hub, if one was named.
 
     Raises:
         DataError: it is neither.
-        UsageError: see `parse_name`.
+        UsageError: a revision of a path; or see `parse_name`.
     """
     try:
         path = Path(model).expanduser()
     except RuntimeError:  # of a user that is not
         path = Path(model)
     if exists(path):
+        if revision is not None:
+            raise UsageError(f"{path} is a local path, which has no revisions; leave out --revision {revision}")
         return path, None
     named = parse_name(model)
     if named is None:

@@ -6,7 +6,7 @@ would write is made up instead, so that both are planned for in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from .checkpoint_files import CONFIG
 from .config import DEFAULT_TRUNK, OffloadConfig, kept_codec
 from .errors import DataError, UsageError
 from .foresight import foresee
-from .gguf_file import is_gguf
+from .gguf_file import GgufFile, is_gguf
 from .gguf_source import GgufSource
 from .manifest import Manifest, is_store
 from .memory import KvGrowth
@@ -44,7 +44,7 @@ def read_outline(
     gpu_kernels: bool = True,
     options: OffloadConfig | None = None,
     name: str | None = None,
-    sizes: Mapping[str, int] | None = None,
+    gguf: GgufFile | None = None,
 ) -> Outline:
     """The outline of a store, a checkpoint directory, a config.json or a GGUF file.
 
@@ -54,7 +54,7 @@ def read_outline(
         native: compiled kernels compute on the CPU; without them nothing in the trunk is kept packed.
         gpu_kernels: the same of a GPU.
         name: what to call the model; by default what its directory is called.
-        sizes: see `read_gguf`, for a GGUF file of which the header alone is here.
+        gguf: the header of a GGUF file, where it has been read.
 
     Raises:
         UsageError: an unknown codec or trunk format, or one for a store, which has its own.
@@ -63,7 +63,7 @@ def read_outline(
     options = options or OffloadConfig()
     if not path.exists():
         raise DataError(f"{path} does not exist; give a checkpoint directory, a store, a config.json or a GGUF file")
-    shapes = _of_gguf(path, sizes) if is_gguf(path) else _of_checkpoint(path)
+    shapes = _of_gguf(path, gguf) if is_gguf(path) else _of_checkpoint(path)
     plain, dtype, packable = shapes.skeleton, shapes.dtype, shapes.packable
     name = name or shapes.name
 
@@ -159,8 +159,8 @@ def _of_checkpoint(path: Path) -> _Shapes:
     return _Shapes(directory.resolve().name, plain, dtype, packable, kept_codec(quantization), shipped, build, guard)
 
 
-def _of_gguf(path: Path, sizes: Mapping[str, int] | None) -> _Shapes:
-    source = GgufSource(path, sizes=sizes)
+def _of_gguf(path: Path, file: GgufFile | None) -> _Shapes:
+    source = GgufSource(path, file=file)
     experts_as, experts, trunk_as, trunk = source.shipped_bytes()
     layers = source.layers()
     record = experts // sum(layer.num_experts for layer in layers)

@@ -17,7 +17,7 @@ from .checkpoint_files import CONFIG
 from .disk_speed import direct_read_rate
 from .errors import MemoryBudgetError, UsageError
 from .estimate import Rates
-from .gguf_file import is_gguf, read_gguf
+from .gguf_file import GgufFile, is_gguf, read_gguf
 from .naming import locate
 from .outline import Outline
 from .outline_cache import Known, OutlineCache
@@ -66,6 +66,7 @@ def survey(
     context: int | None = None,
     codec: str | None = None,
     trunk: str | None = None,
+    revision: str | None = None,
 ) -> Survey:
     """Plan for a store, a checkpoint, a config.json, a GGUF file or a model on the hub; reads no weights.
 
@@ -75,12 +76,13 @@ def survey(
         vram: budget on a GPU in bytes; by default what this machine's GPU has free, if torch can use one.
         rates: bytes per second; those that are 0 are measured here or else assumed.
         context: tokens; by default the largest usual number that fits.
+        revision: branch, tag or commit of a model on the hub, as of `load`.
 
     Raises:
         UsageError, DataError: the model or an option cannot be used.
     """
     native = load_native() is not None
-    with _located(str(model)) as (path, more):
+    with _located(str(model), revision) as (path, more):
         outline, program = _outline(path, codec=codec, trunk=trunk, native=native, gpu_kernels=_gpu_kernels(), **more)
     if context and context > outline.longest:
         raise UsageError(
@@ -101,53 +103,61 @@ def survey(
 
 
 @contextmanager
-def _located(model: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _located(model: str, revision: str | None) -> Iterator[tuple[Path, dict[str, Any]]]:
     """What `read_outline` is to read, and how: of a model on the hub its config, or the header of its GGUF file."""
-    path, named = locate(model)
+    path, named = locate(model, revision)
     if named is None:
         yield path, {}
         return
     name, wanted = named
+    is_settled = hub.is_settled(revision)
+
+    def find_gguf() -> hub.HubModel | None:
+        return gguf_hub.find_cached(name, revision, wanted) if is_settled else None
+
     if not wanted:
-        cached = hub.find_cached(name)
+        cached = hub.find_cached(name, revision) if is_settled else None
         config = cached and str(Path(cached.folder, CONFIG))
-        if cached is None and gguf_hub.find_cached(name, None, wanted) is None:
-            config = run_apart(f"{hub.__name__}:fetch_config", {"name": name}, what="the lookup")
+        if cached is None and find_gguf() is None:
+            request = {"name": name, "revision": revision}
+            config = run_apart(f"{hub.__name__}:fetch_config", request, what="the lookup")
         if config is not None:
             yield Path(config).parent, {"name": name}
             return
-    if (gguf := gguf_hub.find_cached(name, None, wanted)) is not None:
+    if (gguf := find_gguf()) is not None:
         yield gguf.first_file, {"name": f"{name}/{gguf.first_file.name}"}
         return
     with tempfile.TemporaryDirectory(prefix="pocketmoe-") as folder:
-        request = {"name": name, "revision": None, "wanted": wanted, "folder": folder}
+        request = {"name": name, "revision": revision, "wanted": wanted, "folder": folder}
         found = run_apart(f"{gguf_hub.__name__}:fetch_headers", request, what="the lookup")
         path = Path(found["path"])
         yield path, {"name": f"{name}/{path.name}", "sizes": {Path(p).name: n for p, n in found["sizes"].items()}}
 
 
-def _outline(path: Path, **options: Any) -> Known:
+def _outline(path: Path, sizes: Mapping[str, int] | None = None, **options: Any) -> Known:
     """A model's outline, and what the process takes that has it loaded: from the last time, or else found."""
     cache = OutlineCache(path, **options)
-    known = cache.read()
+    known = None if sizes else cache.read()  # a header alone lies in a folder that will be gone
     if known is None:
         from .outline_reader import read_outline
 
-        outline = read_outline(path, **options)
-        known = Known(outline, _program_bytes(path, options.get("sizes")))
-        cache.write(known)
+        gguf = read_gguf(path, sizes) if is_gguf(path) and path.exists() else None
+        outline = read_outline(path, gguf=gguf, **options)
+        known = Known(outline, _program_bytes(path, gguf))
+        if not sizes:
+            cache.write(known)
     return known
 
 
-def _program_bytes(path: Path, sizes: Mapping[str, int] | None) -> int:
+def _program_bytes(path: Path, gguf: GgufFile | None) -> int:
     """What Python, torch, the skeleton and the tokenizer take, and what libraries load with the first tokens."""
     from .gguf_tokenizer import write_tokenizer
     from .tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(path) if path.is_dir() else None
-    if is_gguf(path):
+    if gguf is not None:
         with tempfile.TemporaryDirectory(prefix="pocketmoe-") as folder:
-            write_tokenizer(read_gguf(path, sizes), Path(folder))
+            write_tokenizer(gguf, Path(folder))
             tokenizer = load_tokenizer(Path(folder))
     memory.return_freed_memory()
     resident = memory.resident_bytes() + LOADED_LATER

@@ -176,6 +176,15 @@ def test_what_cannot_fit_or_be_read_is_refused_by_its_header(asked):
     assert not whole_files(asked)
 
 
+def test_a_plan_is_of_the_revision_that_was_named(asked):
+    asked.commits = {"main": "f" * 40, "before": fake_hub.COMMIT}
+    for name in (NAME, fake_hub.NAME):
+        survey(name, ram=4 * 10**9, revision="before")
+    asked_for = [path.split("/resolve/")[1].split("/")[0] for _, path, _ in asked.requests if "/resolve/" in path]
+    assert asked_for and set(asked_for) <= {"before", fake_hub.COMMIT}
+    assert not whole_files(asked)
+
+
 def test_a_plan_by_the_header_is_that_of_the_file_and_what_conversion_makes(asked, repository, tmp_path):
     there = survey(NAME, ram=4 * 10**9).outline
     assert not whole_files(asked)
@@ -184,7 +193,7 @@ def test_a_plan_by_the_header_is_that_of_the_file_and_what_conversion_makes(aske
     for what in ("num_experts", "codec", "record_bytes"):
         assert getattr(there, what) == getattr(here, what) == getattr(made, what), what
     assert there.chosen.trunk == here.chosen.trunk == made.trunk_bytes
-    assert (there.formats, there.cpu) == (here.formats, here.cpu)
+    assert (there.formats, there.cpu.trunk) == (here.formats, here.cpu.trunk)
     shipped = next(form for form in here.formats if form.ships and form.experts_as == "Q4_0")
     assert shipped.trunk_as == "Q8_0"
     assert 0 < Path(repository, "tiny-Q4_K_M.gguf").stat().st_size - shipped.total < 20_000  # its metadata

@@ -22,7 +22,7 @@ from pocketmoe.offload.gguf_file import header_length, read_gguf
 from pocketmoe.offload.gguf_source import GgufSource
 from pocketmoe.offload.gguf_tokenizer import write_tokenizer
 from pocketmoe.offload.loading import convert_checkpoint
-from test_gguf import finish, mixed, small_model, write_tensors
+from test_gguf import finish, mixed, small_model, split_in_parts, write_tensors
 
 
 def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path):
@@ -78,6 +78,16 @@ def test_metadata_of_a_wrong_kind_are_named_with_their_value(tmp_path):
     finish(writer)
     with pytest.raises(DataError, match=r"split\.gguf: metadata split\.count is 'two', expected a whole number"):
         read_gguf(tmp_path / "split.gguf")
+
+
+def test_headers_of_all_parts_of_a_model_together_may_not_be_larger_than_one(tmp_path, monkeypatch):
+    whole = write_model(tmp_path / "m.gguf", "mixtral", small_model("mixtral", tmp_path / "checkpoint"))
+    parts = split_in_parts(whole, 3)
+    with parts[0].open("rb") as file:
+        first = header_length(parts[0], file, parts[0].stat().st_size)
+    monkeypatch.setattr(gguf_file, "_MAX_HEADER", first + 500)
+    with pytest.raises(DataError, match=r"-00002-of-00003\.gguf: the GGUF header is damaged \(it goes on after"):
+        read_gguf(parts[0])
 
 
 @pytest.mark.parametrize("lost", ["blk.1.ffn_up_exps.weight", "blk.0.attn_q.weight", "token_embd.weight"])

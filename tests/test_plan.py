@@ -189,6 +189,7 @@ def test_a_codec_can_be_tried(tmp_path):
         (["--disk", "fast"], "--disk: 'fast' is no speed: write for example 3.5GB/s"),
         (["--context", "9999999"], "is more than the 40,960 tokens"),
         (["--codec", "int3"], "unknown codec 'int3'"),
+        (["--revision", "v1"], "is a local path, which has no revisions; leave out --revision v1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(tmp_path, options, sentence):
