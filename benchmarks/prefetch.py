@@ -3,30 +3,37 @@
     python -m benchmarks.prefetch STORE [--stream text|uniform|realistic] [--shares 25 40 60 80] [--ways off on tested]
 
 A way is `off`, `on`, `tested` (on, and tests itself, as users have it), or `on` with other numbers, as in
-`worth=0.7,idle_worth=0.5,depth=4`. Ratios are taken within the same tokens, in eight pieces one after the other: median
-(lowest..highest). A token counts for no way if it took one of them more than 2.5 times as long as usual, because then
-the machine did something else. All ways have to give the same logits, bit for bit. Text is sampled from the model; the
-other streams are made for stores of `benchmarks.synthesize`. The memory of all ways is needed at once.
+`worth=0.7,idle_worth=0.5,depth=4`. Every 16 tokens the ways move on by one model, because models differ by where in
+memory they lie (two that did the same differed by 5 %); the first tokens after that do not count. A round is over when
+every way has been on every model. Ratios are taken within rounds: median (lowest..highest). A token counts for no way
+if it took one of them more than 2.5 times as long as usual, because then the machine did something else. All ways have
+to give the same logits, bit for bit. Text is sampled from the model; the other streams are made for stores of
+`benchmarks.synthesize`. The memory of all ways is needed at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from pocketmoe.cache.self_test import SelfTest
 
 PROMPT = "Tell me a long story about a dragon that lives by the sea."
-PIECES = 8
+TURN, DROPPED = 16, 2
 ODD = 2.5
+COUNTS = "useful", "late", "wasted", "cancelled"
 
 
 class Switch:
@@ -42,16 +49,42 @@ class Switch:
         pass
 
 
-def go(model: Any, way: str) -> None:
-    """Make a model that has just been loaded prefetch that way."""
-    runtime, prefetcher = model._runtime, model._runtime.prefetch._inner
-    if way != "tested":
-        runtime.self_test = Switch(way != "off")
-    if "=" in way:
-        for option in way.split(","):
-            name, _, value = option.partition("=")
-            assert hasattr(prefetcher, f"_{name}"), f"the prefetcher has no {name}"
-            setattr(prefetcher, f"_{name}", float(value))
+class Way:
+    """How to prefetch, to be moved from model to model.
+
+    Attributes:
+        seconds: of its tokens.
+        counts: of experts that were missing or would have been without prefetch, and of how guesses ended.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.self_test = SelfTest() if name == "tested" else Switch(name != "off")
+        self.numbers = {k: float(v) for k, _, v in (option.partition("=") for option in name.split(",")) if v}
+        self.seconds: list[float] = []
+        self.counts = Counter[str]()
+
+    def move_to(self, model: Any) -> None:
+        model._runtime.self_test = self.self_test
+        prefetcher = model._runtime.prefetch._inner
+        usual = inspect.signature(type(prefetcher)).parameters
+        for name in ("depth", "worth", "idle_worth"):
+            setattr(prefetcher, f"_{name}", self.numbers.get(name, usual[name].default))
+
+    def feed(self, model: Any, sequence: Any, token: int) -> torch.Tensor:
+        before = self._counts(model)
+        start = time.perf_counter()
+        logits = sequence.feed([token])
+        self.seconds.append(time.perf_counter() - start)
+        model._runtime.prefetch.drain()  # what it is still reading would slow the next one down
+        self.counts += self._counts(model) - before
+        return logits
+
+    @staticmethod
+    def _counts(model: Any) -> Counter[str]:
+        total = model._stats.total
+        missing = total("misses") + total("prefetch_hits")
+        return Counter(missing=missing, **{name: total(f"prefetch_{name}") for name in COUNTS})
 
 
 def tokens_of(model: Any, stream: str) -> Iterator[tuple[int, Callable[[torch.Tensor], None]]]:
@@ -72,35 +105,40 @@ def tokens_of(model: Any, stream: str) -> Iterator[tuple[int, Callable[[torch.Te
         yield token[0], sample
 
 
-def measure(models: list[Any], stream: str, warm: int, count: int, limit_s: float) -> np.ndarray:
-    """Seconds of each of at most `count` tokens, [ways, tokens], which do not take much longer than `limit_s`."""
+def measure(models: list[Any], ways: list[Way], stream: str, warm: int, rounds: int, limit_s: float) -> np.ndarray:
+    """Seconds of the tokens that count, [ways, rounds, tokens]; at least one round, and as many as `limit_s` allows."""
+    count, rng, tokens = len(ways), random.Random(0), tokens_of(models[0], stream)
     sequences = [model.new_sequence() for model in models]
-    rng, spent, begin = random.Random(0), [], time.perf_counter()
-    for number, (token, then) in enumerate(tokens_of(models[0], stream)):
-        if number == warm:
-            spent.clear()
-            begin = time.perf_counter()
-            for model in models:
-                model.reset_stats()
-        if number == warm + count or (number > warm + PIECES and time.perf_counter() - begin > limit_s):
-            break
-        seconds, logits = [0.0] * len(models), [torch.empty(0)] * len(models)
-        for i in rng.sample(range(len(models)), len(models)):
-            start = time.perf_counter()
-            logits[i] = sequences[i].feed([token])
-            seconds[i] = time.perf_counter() - start
-            models[i]._runtime.prefetch.drain()  # what it is still reading would slow the next one down
-        assert all(torch.equal(logits[0], other) for other in logits), f"token {number}: logits differ"
-        spent.append(seconds)
-        then(logits[0])
-    return np.array(spent).T
+
+    def feed(number: int, shift: int) -> None:
+        places = [(i + shift) % count for i in range(count)]
+        for way, place in zip(ways, places, strict=True):
+            way.move_to(models[place])
+        for token, then in islice(tokens, number):
+            logits = [torch.empty(0)] * count
+            for i in rng.sample(range(count), count):
+                logits[i] = ways[i].feed(models[places[i]], sequences[places[i]], token)
+            assert all(torch.equal(logits[0], other) for other in logits), f"after token {token} logits differ"
+            then(logits[0])
+
+    feed(warm, shift=0)
+    for way in ways:
+        way.seconds.clear()
+        way.counts.clear()
+    begin, done = time.perf_counter(), 0
+    while done < rounds and (time.perf_counter() - begin) * (done + 1) <= limit_s * max(1, done):
+        for shift in range(count):
+            feed(TURN, shift)
+        done += 1
+    seconds = np.array([way.seconds for way in ways]).reshape(count, done, count, TURN)
+    return seconds[..., DROPPED:].reshape(count, done, -1)
 
 
 def ratios(seconds: np.ndarray, of: int, over: int) -> list[float]:
-    """Speed of one way over that of another in each piece of the tokens that count."""
-    usual = (seconds < ODD * np.median(seconds, axis=1, keepdims=True)).all(axis=0)
-    pieces = np.array_split(seconds[:, usual], PIECES, axis=1)
-    return [float(piece[over].sum() / piece[of].sum()) for piece in pieces]
+    """Speed of one way over that of another in each round."""
+    usual = (seconds < ODD * np.median(seconds, axis=(1, 2), keepdims=True)).all(axis=0)
+    total = np.where(usual, seconds, 0.0).sum(axis=2)
+    return (total[over] / total[of]).tolist()
 
 
 def main() -> None:
@@ -109,8 +147,8 @@ def main() -> None:
     parser.add_argument("--stream", choices=["text", "uniform", "realistic"], default="text")
     parser.add_argument("--shares", type=int, nargs="+", default=[25, 40, 60, 80], help="slots, %% of the experts")
     parser.add_argument("--ways", nargs="+", default=["off", "on", "tested"], help="ratios are over the first")
-    parser.add_argument("--tokens", type=int, default=800, help="most of them (default 800)")
-    parser.add_argument("--seconds", type=float, default=45, help="for each share; then no more tokens (default 45)")
+    parser.add_argument("--rounds", type=int, default=20, help="at most (default 20)")
+    parser.add_argument("--seconds", type=float, default=45, help="for each share; then no more rounds (default 45)")
     parser.add_argument("--warm", type=int, default=64, help="tokens before (default 64)")
     parser.add_argument("--ram", default="6GB", help="so large that only --shares counts")
     parser.add_argument("--json", action="store_true")
@@ -119,28 +157,27 @@ def main() -> None:
     from pocketmoe.offload import load
     from pocketmoe.offload.manifest import Manifest
 
-    experts, context = Manifest.read(args.store).num_experts, args.warm + args.tokens + 8
+    experts = Manifest.read(args.store).num_experts
+    context = args.warm + args.rounds * len(args.ways) * TURN + 8
     found: dict[int, dict[str, Any]] = {}
     for share in args.shares:
-        slots, row = experts * share // 100, found.setdefault(share, {})
+        slots, row, ways = experts * share // 100, found.setdefault(share, {}), [Way(name) for name in args.ways]
         with contextlib.ExitStack() as stack:
             models = [
-                stack.enter_context(load(args.store, slots=slots, ram=args.ram, context=context, warm_start=False))
-                for _ in args.ways
+                stack.enter_context(
+                    load(args.store, slots=slots, ram=args.ram, context=context, warm_start=False, on_notice=print)
+                )
+                for _ in ways
             ]
-            for model, way in zip(models, args.ways, strict=True):
-                go(model, way)
-            seconds = measure(models, args.stream, args.warm, args.tokens, args.seconds)
-            stats = [model.stats() for model in models]
-        print(f"{args.stream}, {share} % ({slots} slots), {seconds.shape[1]} tokens:", flush=True)
-        for i, (way, its) in enumerate(zip(args.ways, stats, strict=True)):
-            each, rate = ratios(seconds, of=i, over=0), 1 / median(seconds[i])
-            counts = {name: its.total(f"prefetch_{name}") for name in ("useful", "late", "wasted", "cancelled")}
-            missing = (its.total("misses") + its.total("prefetch_hits")) / seconds.shape[1]
-            row[way] = {"tokens_per_second": rate, "over_first": each, "missing": missing, **counts}
-            over = f"over {args.ways[0]} {median(each):.3f} ({min(each):.2f}..{max(each):.2f})"
+            seconds = measure(models, ways, args.stream, args.warm, args.rounds, args.seconds)
+        print(f"{args.stream}, {share} % ({slots} slots), {seconds.shape[1]} rounds:", flush=True)
+        for i, way in enumerate(ways):
+            each, rate = ratios(seconds, of=i, over=0), 1 / float(np.median(seconds[i]))
+            counts = {name: round(count / len(way.seconds), 1) for name, count in way.counts.items()}
+            row[way.name] = {"tokens_per_second": rate, "over_first": each, "per_token": counts}
+            over = f"over {ways[0].name} {median(each):.3f} ({min(each):.2f}..{max(each):.2f})"
             print(
-                f"  {way}: {rate:.1f} tokens/s, {over}; missing {missing:.1f} a token; {counts}; {its.prefetch or ''}"
+                f"  {way.name}: {rate:.1f} tokens/s, {over}; a token: {counts} {way.self_test.state or ''}", flush=True
             )
     if args.json:
         print(json.dumps(found))
