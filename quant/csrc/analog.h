@@ -13,17 +13,16 @@ namespace pm {
 // The experts of the latest tokens, and what came after those that were most like the last.
 class Lookback {
    public:
-    explicit Lookback(const Pool& pool)
+    explicit Lookback(const SlotPool& pool)
         : stride_((pool.cycle + COMPARED - 1) / COMPARED), chosen_(WINDOW), used_(pool.size() * WINDOW, 0) {
         const double sharpness = 2.0 / std::sqrt(static_cast<double>(pool.cycle / stride_));
-        for (int64_t fewer = 0; fewer <= COMPARED; fewer++) weights_.push_back(std::exp(-sharpness * fewer));
+        for (int32_t fewer = 0; fewer <= COMPARED; fewer++) weights_.push_back(std::exp(-sharpness * fewer));
     }
 
-    // A token has chosen these: each expert's share of the votes for what comes after the next one.
+    // A token has chosen these. Adds each expert's share of the votes for what comes after the next one.
     void vote(const std::vector<int32_t>& chosen, std::vector<double>& shares) {
-        std::fill(shares.begin(), shares.end(), 0.0);
         const int64_t now = add(chosen);
-        std::vector<Similar> nearest = nearest_to(chosen, now);
+        const std::vector<Similar> nearest = nearest_to(chosen, now);
         double total = 0.0;
         for (const Similar& token : nearest)
             for (int64_t ahead = 0; ahead < AHEAD; ahead++) total += votes(token, nearest.back(), now, ahead);
@@ -91,7 +90,7 @@ class Lookback {
 struct Analog : Policy {
     static constexpr double VOTE = 2.0;
 
-    explicit Analog(const Pool& pool)
+    explicit Analog(const SlotPool& pool)
         : Policy(pool),
           lookback(pool),
           count(pool.size(), 0.0),
@@ -110,8 +109,8 @@ struct Analog : Policy {
     void touch(int32_t expert) override { insert(expert); }
 
     void tick() override {
-        if (used.empty() || static_cast<int64_t>(used.size()) > pool_.cycle) std::fill(shares.begin(), shares.end(), 0.0);
-        else lookback.vote(used, shares);
+        std::fill(shares.begin(), shares.end(), 0.0);
+        if (!used.empty()) lookback.vote(used, shares);
         for (double& decayed : count) decayed *= fade;
         for (size_t i = 0; i < used.size(); i++) {
             count[used[i]] += 1.0;

@@ -1,5 +1,5 @@
-// Belady's rule on an estimate of the next use: see cache/forecast.py. Operations are in the order of the Python, so that
-// both round alike.
+// Belady's rule on an estimate of the next use: see cache/forecast.py. Operations are in the order of the Python, so
+// that both round alike.
 #ifndef POCKETMOE_FORECAST_H
 #define POCKETMOE_FORECAST_H
 
@@ -26,7 +26,7 @@ struct Forecast : Policy {
         double count, last;  // decayed count at the last use, and when that was
     };
 
-    explicit Forecast(const Pool& pool) : Policy(pool), uses(pool.size(), {0.0, -1.0}), turns(pool.layers, 0.0) {}
+    explicit Forecast(const SlotPool& pool) : Policy(pool), uses(pool.size(), {0.0, -1.0}), turns(pool.layers, 0.0) {}
 
     void insert(int32_t expert) override {
         now += INSTANT;

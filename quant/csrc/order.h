@@ -35,7 +35,7 @@ class LevelledOrder : public Policy {
 // Some of the experts, oldest first.
 class Queue {
    public:
-    explicit Queue(const Pool& pool) : end_(pool.size()), next_(end_ + 1, NONE), previous_(end_ + 1, NONE) {
+    explicit Queue(const SlotPool& pool) : end_(pool.size()), next_(end_ + 1, NONE), previous_(end_ + 1, NONE) {
         next_[end_] = previous_[end_] = end_;
     }
 
@@ -76,7 +76,7 @@ class UseCounts {
    public:
     static constexpr int32_t MOST = 15, HALVE_AFTER = 64;
 
-    explicit UseCounts(const Pool& pool) : counts_(pool.size(), 0) {}
+    explicit UseCounts(const SlotPool& pool) : counts_(pool.size(), 0) {}
 
     int32_t operator[](int32_t expert) const { return counts_[expert]; }
     int32_t add(int32_t expert) { return counts_[expert] = std::min(counts_[expert] + 1, MOST); }

@@ -9,13 +9,13 @@ namespace pm {
 namespace {
 
 template <class Kind>
-std::unique_ptr<Policy> make(const Pool& pool) {
+std::unique_ptr<Policy> make(const SlotPool& pool) {
     return std::make_unique<Kind>(pool);
 }
 
 struct Named {
     const char* name;
-    std::unique_ptr<Policy> (*make)(const Pool& pool);
+    std::unique_ptr<Policy> (*make)(const SlotPool& pool);
 };
 
 constexpr Named POLICIES[] = {
@@ -26,7 +26,7 @@ constexpr Named POLICIES[] = {
 
 }  // namespace
 
-std::unique_ptr<Policy> make_policy(const char* name, const Pool& pool) {
+std::unique_ptr<Policy> make_policy(const char* name, const SlotPool& pool) {
     for (const Named& policy : POLICIES)
         if (std::strcmp(policy.name, name) == 0) return policy.make(pool);
     return nullptr;

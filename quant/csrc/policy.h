@@ -13,7 +13,7 @@ namespace pm {
 constexpr double ABSENT = std::numeric_limits<double>::infinity();
 
 // Experts are numbered layer by layer: layer * experts + index.
-struct Pool {
+struct SlotPool {
     int32_t layers, experts;  // experts per layer
     int64_t slots;
     int64_t cycle;  // experts that a token touches, at most
@@ -29,7 +29,7 @@ struct Victim {
 // Residents have a key each; of a layer the lowest leaves first, of equals the lowest expert.
 class Policy {
    public:
-    explicit Policy(const Pool& pool) : pool_(pool), keys_(pool.size(), ABSENT), stale_(pool.layers, 1) {}
+    explicit Policy(const SlotPool& pool) : pool_(pool), keys_(pool.size(), ABSENT), stale_(pool.layers, 1) {}
     virtual ~Policy() = default;
 
     virtual void insert(int32_t expert) = 0;
@@ -63,7 +63,7 @@ class Policy {
     int32_t layer_of(int32_t expert) const { return expert / pool_.experts; }
     int32_t first_of(int32_t layer) const { return layer * pool_.experts; }
 
-    const Pool pool_;
+    const SlotPool pool_;
 
    private:
     std::vector<double> keys_;
@@ -71,7 +71,7 @@ class Policy {
 };
 
 // Null for a name that is not known.
-std::unique_ptr<Policy> make_policy(const char* name, const Pool& pool);
+std::unique_ptr<Policy> make_policy(const char* name, const SlotPool& pool);
 
 }  // namespace pm
 #endif

@@ -19,7 +19,7 @@ struct Lru : LevelledOrder {
 };
 
 struct Lfu : LevelledOrder {
-    explicit Lfu(const Pool& pool) : LevelledOrder(pool), uses(pool) {}
+    explicit Lfu(const SlotPool& pool) : LevelledOrder(pool), uses(pool) {}
     void insert(int32_t expert) override { place(expert, uses.add(expert)); }
     void touch(int32_t expert) override { insert(expert); }
     void tick() override {
@@ -31,7 +31,7 @@ struct Lfu : LevelledOrder {
 };
 
 // What a part of the slots may hold so that at least a cycle is left for the others.
-inline int64_t room_of(const Pool& pool, double share) {
+inline int64_t room_of(const SlotPool& pool, double share) {
     const int64_t part = static_cast<int64_t>(static_cast<double>(pool.slots) * share);
     return std::max<int64_t>(0, std::min(part, pool.slots - pool.cycle));
 }
@@ -39,7 +39,7 @@ inline int64_t room_of(const Pool& pool, double share) {
 struct Slru : LevelledOrder {
     static constexpr double PROTECTED = 0.7;
 
-    explicit Slru(const Pool& pool) : LevelledOrder(pool), safe(pool), room(room_of(pool, PROTECTED)) {}
+    explicit Slru(const SlotPool& pool) : LevelledOrder(pool), safe(pool), room(room_of(pool, PROTECTED)) {}
     void insert(int32_t expert) override { place(expert, 0); }
     void touch(int32_t expert) override {
         place(expert, 1);
@@ -56,7 +56,7 @@ struct Slru : LevelledOrder {
 };
 
 struct Lru2 : Policy {
-    explicit Lru2(const Pool& pool) : Policy(pool), last(pool.size(), 0) {}
+    explicit Lru2(const SlotPool& pool) : Policy(pool), last(pool.size(), 0) {}
     void insert(int32_t expert) override {
         const double before = std::exchange(last[expert], ++clock);
         set_key(expert, before > 0 ? LEVEL + before : clock);
@@ -70,7 +70,7 @@ struct Lru2 : Policy {
 struct Lfru : LevelledOrder {
     static constexpr double PRIVILEGED = 0.5;
 
-    explicit Lfru(const Pool& pool)
+    explicit Lfru(const SlotPool& pool)
         : LevelledOrder(pool), uses(pool), privileged(pool), room(room_of(pool, PRIVILEGED)) {}
     void insert(int32_t expert) override { place(expert, uses.add(expert)); }
     void touch(int32_t expert) override {
@@ -101,7 +101,7 @@ struct WTinyLfu : LevelledOrder {
     static constexpr double WINDOW = 0.01, PROTECTED = 0.8;
     enum Part { REJECTED, PROBATION, PROTECTED_PART, WINDOW_PART, PARTS };
 
-    explicit WTinyLfu(const Pool& pool) : LevelledOrder(pool), uses(pool), parts(PARTS, Queue(pool)) {
+    explicit WTinyLfu(const SlotPool& pool) : LevelledOrder(pool), uses(pool), parts(PARTS, Queue(pool)) {
         const double slots = static_cast<double>(pool.slots);
         window_room = std::max<int64_t>(1, static_cast<int64_t>(slots * WINDOW));
         room = static_cast<int64_t>(static_cast<double>(pool.slots - window_room) * PROTECTED);

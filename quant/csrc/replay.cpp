@@ -13,8 +13,13 @@ namespace {
 // Residents under a policy, with a floor for each layer.
 class Cache {
    public:
-    Cache(const Pool& pool, int32_t floor, Policy& policy)
-        : pool_(pool), floor_(floor), policy_(policy), free_(pool.slots), locked_(pool.size(), 0), layers_(pool.layers) {}
+    Cache(const SlotPool& pool, int32_t floor, Policy& policy)
+        : pool_(pool),
+          floor_(floor),
+          policy_(policy),
+          free_(pool.slots),
+          locked_(pool.size(), 0),
+          layers_(pool.layers) {}
 
     // Requests the experts of one layer in one token; returns how many were missing.
     int32_t serve(int32_t layer, const std::vector<int32_t>& step) {
@@ -60,7 +65,7 @@ class Cache {
         layers_[from].residents--;
     }
 
-    const Pool pool_;
+    const SlotPool pool_;
     const int32_t floor_;
     Policy& policy_;
     int64_t free_;
@@ -91,7 +96,7 @@ class Steps {
     std::vector<int32_t> experts_;
 };
 
-void replay(const pm_requests& requests, const Pool& pool, Policy& policy, int32_t* misses) {
+void replay(const pm_requests& requests, const SlotPool& pool, Policy& policy, int32_t* misses) {
     Cache cache(pool, requests.top_k, policy);
     Steps steps(requests);
     for (int64_t at = 0; at < steps.count(); at++) {
@@ -102,7 +107,7 @@ void replay(const pm_requests& requests, const Pool& pool, Policy& policy, int32
 
 // Belady's MIN. The heap holds every next use that was ever known, the furthest on top; those that have come lie in the
 // past and so never on top.
-void optimum(const pm_requests& requests, const Pool& pool, int32_t* misses) {
+void optimum(const pm_requests& requests, const SlotPool& pool, int32_t* misses) {
     struct Use {
         int64_t step;
         int32_t expert;
@@ -139,23 +144,46 @@ void optimum(const pm_requests& requests, const Pool& pool, int32_t* misses) {
     }
 }
 
-// Mattson's stack, the latest first.
+// When each expert was used last: a Fenwick tree of ones at those times, so that later ones are quickly counted.
+class LatestUses {
+   public:
+    LatestUses(int32_t experts, int64_t most) : last_(experts, NEVER), ones_(most, 0) {}
+
+    void use(int32_t expert) {
+        if (last_[expert] == NEVER) experts_++;
+        else add(last_[expert], -1);
+        add(last_[expert] = now_++, 1);
+    }
+
+    // The place of an expert among those that were used, from 1 for the latest; 0 if it never was.
+    int32_t place(int32_t expert) const {
+        int32_t until = 0;
+        for (int64_t at = last_[expert]; at >= 0; at = (at & (at + 1)) - 1) until += ones_[at];
+        return last_[expert] == NEVER ? 0 : experts_ - until + 1;
+    }
+
+   private:
+    static constexpr int64_t NEVER = -1;
+
+    void add(int64_t time, int32_t change) {
+        for (auto at = static_cast<size_t>(time); at < ones_.size(); at |= at + 1) ones_[at] += change;
+    }
+
+    std::vector<int64_t> last_;
+    std::vector<int32_t> ones_;
+    int64_t now_ = 0;
+    int32_t experts_ = 0;
+};
+
+// The places in Mattson's stack, which Bennett and Kruskal (1975) keep in such a tree.
 void lru_depths(const pm_requests& requests, int32_t* depths) {
     Steps steps(requests);
-    std::vector<int32_t> stack;
-    for (int64_t at = 0; at < steps.count(); at++) {
+    LatestUses uses(requests.layers * requests.experts, steps.count() * requests.top_k);
+    for (int64_t at = 0; at < steps.count(); at++, depths += requests.top_k) {
         const auto& step = steps[at];
         std::fill_n(depths, requests.top_k, 0);
-        for (size_t i = 0; i < step.size(); i++) {
-            const auto place = std::find(stack.begin(), stack.end(), step[i]);
-            if (place != stack.end()) depths[i] = static_cast<int32_t>(place - stack.begin()) + 1;
-        }
-        depths += requests.top_k;
-        for (const int32_t expert : step) {
-            auto place = std::find(stack.begin(), stack.end(), expert);
-            if (place == stack.end()) place = stack.insert(place, expert);
-            std::rotate(stack.begin(), place, place + 1);
-        }
+        for (size_t i = 0; i < step.size(); i++) depths[i] = uses.place(step[i]);
+        for (const int32_t expert : step) uses.use(expert);
     }
 }
 
@@ -181,7 +209,7 @@ extern "C" {
 int32_t pm_replay(const pm_requests* requests, const char* policy, int64_t slots, int32_t* misses) try {
     const int64_t cycle = static_cast<int64_t>(requests->layers) * requests->top_k;
     if (!pm::is_valid(*requests) || slots < cycle) return PM_BAD_ARGUMENT;
-    const pm::Pool pool = {requests->layers, requests->experts, slots, cycle};
+    const pm::SlotPool pool = {requests->layers, requests->experts, slots, cycle};
     if (std::strcmp(policy, "belady") == 0) {
         pm::optimum(*requests, pool, misses);
         return PM_OK;
