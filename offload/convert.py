@@ -75,7 +75,7 @@ def convert(
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot create {dest.parent}: {error.strerror}") from None
+        raise DataError(f"cannot create {dest.parent}: {error.strerror}; convert it into another folder") from None
     with _only_writer(dest):
         if _is_finished(dest, identity, on_notice):  # by another process, since we looked
             return dest
