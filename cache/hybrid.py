@@ -18,6 +18,9 @@ MOST_UPLOADS = 2
 """Uploads per layer and token that nobody waits for."""
 HORIZON = 32.0
 """Tokens for which the difference between two experts' uses is believed to last (docs/notes/gpu-simulated.md)."""
+COLDEST = 0.005
+"""Uses per token that are expected of anybody: the past says too little of those whom it has hardly seen, and whoever
+leaves VRAM and RAM for that is read again (docs/notes/gpu-simulated.md)."""
 _MOST_RATIO = 4.0  # one page fault or a clock that has not risen yet says little
 Expert = TypeVar("Expert")
 
@@ -196,12 +199,12 @@ class Worth:
         self._token += 1
 
     def rate(self, expert: ExpertId) -> float:
-        """Expected uses per token, from 0 for an expert that was never used."""
+        """Expected uses per token, from `COLDEST` for an expert that was never used to 1."""
         if expert not in self._uses:
-            return 0.0
+            return COLDEST
         count, last = self._uses[expert]
         age = self._token - last
-        return min(1.0, 1 / expected_wait(faded(count, age), age))
+        return min(1.0, max(COLDEST, 1 / expected_wait(faded(count, age), age)))
 
     def ordered(self, experts: Iterable[ExpertId]) -> list[ExpertId]:
         """Most worth having first, as `split_misses` wants them."""
@@ -215,13 +218,14 @@ class Worth:
         return HORIZON * (self.rate(expert) - (0.0 if victim is None else dearness * self.rate(victim)))
 
 
-def worth_admitting(gain: float, costs: TierCosts, *, copied: bool = False) -> bool:
-    """Whether an expert should become resident in VRAM, given what `Worth.gain` says of it and its victim.
+def worth_uploading(gain: float, costs: TierCosts, cpu_share: float) -> bool:
+    """Whether an expert should be copied to VRAM that nobody waits for, given what `Worth.gain` says of it and its
+    victim.
 
     Args:
-        copied: it is in VRAM in any case, because it was copied to be computed there: admission costs nothing more.
+        cpu_share: of the time that the copy takes, in which the CPU computes, from 0 to 1.
     """
-    price = 0.0 if copied else costs.cpu_slowdown * costs.copy.each  # what the CPU loses meanwhile
+    price = cpu_share * costs.cpu_slowdown * costs.copy.each  # what the CPU loses meanwhile
     return gain > 0 and gain * costs.saving > price
 
 

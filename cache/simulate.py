@@ -19,7 +19,7 @@ from .manager import ExpertCache
 from .policy import get_policy
 from .replay import Step
 from .routing import Routing
-from .strategies import Strategy, get_strategy
+from .strategies import POLICY, Strategy, get_strategy
 from .units import format_bytes
 
 GPU_SHARE = 0.75
@@ -146,7 +146,7 @@ class _Run:
 
     def __init__(self, setup: Setup, strategy: Strategy, routing: Routing) -> None:
         self._setup, self._strategy = setup, strategy
-        self.now = self._link_free = self.link_seconds = 0.0
+        self.now = self._began = self._link_free = self.link_seconds = 0.0
         self.uploads = 0
         self._all_in_vram = setup.vram_slots == setup.shape.layers * setup.shape.experts
         self.served = [0, 0, 0, 0, 0]
@@ -190,7 +190,8 @@ class _Run:
 
     def end_token(self) -> None:
         self.now += self._setup.head
-        self._strategy.tick()
+        self._strategy.tick(self.now - self._began)
+        self._began = self.now
         if self._ram is not None:
             self._ram.tick()
 
@@ -220,7 +221,7 @@ class _Run:
         slots, shape = self._setup.ram_slots, self._setup.shape
         if slots == shape.layers * shape.experts:
             return None
-        ram = ExpertCache(slots, get_policy("analog", slots, shape.layers * shape.top_k), shape.layers, shape.top_k)
+        ram = ExpertCache(slots, get_policy(POLICY, slots, shape.layers * shape.top_k), shape.layers, shape.top_k)
         outside = [expert for expert in routing.by_popularity() if expert not in self._strategy]
         for expert in reversed(outside[:slots]):  # the most popular last: it leaves last
             ram.admit(expert)

@@ -7,14 +7,17 @@ from functools import partial
 from typing import Protocol
 
 from .expert import ExpertId, Lookup
-from .hybrid import Split, TierCosts, Worth, split_misses, upload_budget, worth_admitting
+from .hybrid import Split, TierCosts, upload_budget
 from .manager import ExpertCache
-from .policy import get_policy
+from .policy import get_policy, policy_names
+from .renewal import Renewal
 from .replay import Step
 from .routing import Routing
 
 Arriving = Sequence[tuple[float, ExpertId]]
 """Misses whose copies are in flight, with the seconds until each arrives, ascending."""
+POLICY = policy_names()[0]
+"""The default of the runtime."""
 
 
 class Strategy(Protocol):
@@ -58,8 +61,8 @@ class Strategy(Protocol):
         """An upload has reached its slot."""
         ...
 
-    def tick(self) -> None:
-        """One token is done."""
+    def tick(self, seconds: float) -> None:
+        """One token is done, and took so long."""
         ...
 
 
@@ -97,7 +100,7 @@ class Static:
     def arrived(self, expert: ExpertId) -> None:
         raise AssertionError(f"{expert} was never uploaded")
 
-    def tick(self) -> None:
+    def tick(self, seconds: float) -> None:
         pass
 
 
@@ -139,9 +142,9 @@ class CopyMisses:
         return Split(tuple(in_ram), ())
 
     def served(self, chosen: Step, copied: Sequence[ExpertId]) -> None:
-        with self.cache.locked(chosen):
+        with self.cache.locked(copied):
             for expert in copied:
-                if self.admits(expert, copied=True) and self.admit(expert):
+                if self.admit(expert):
                     self.cache.arrived(expert)
 
     def prefetch(self, guess: Sequence[ExpertId], link_busy: float) -> list[ExpertId]:
@@ -153,27 +156,12 @@ class CopyMisses:
     def arrived(self, expert: ExpertId) -> None:
         self.cache.arrived(expert)
 
-    def tick(self) -> None:
+    def tick(self, seconds: float) -> None:
         self.cache.tick()
 
     def admit(self, expert: ExpertId) -> bool:
         """Give `expert` a slot; False where nobody may leave."""
         return self.cache.admit(expert) is not None
-
-    def admits(self, expert: ExpertId, soon: float = 0.0, copied: bool = False) -> bool:
-        """Whether `expert` should take the next victim's slot; `soon`: the probability that it is used at once."""
-        return True
-
-    def admit_some(self, experts: Sequence[ExpertId], link_busy: float, soon: float = 0.0) -> list[ExpertId]:
-        """Admit what is worth it and absent, first come first served, as long as the link has room."""
-        admitted: list[ExpertId] = []
-        room = upload_budget(self.costs, link_busy)
-        for expert in experts:
-            if len(admitted) == room:
-                break
-            if expert not in self.cache and self.admits(expert, soon) and self.admit(expert):
-                admitted.append(expert)
-        return admitted
 
 
 def _fill(slots: int, routing: Routing) -> list[ExpertId]:
@@ -192,51 +180,48 @@ class CpuOnMiss(CopyMisses):
         return Split((), (*in_ram, *(expert for _, expert in arriving)))
 
     def upload(self, missed: Sequence[ExpertId], link_busy: float) -> list[ExpertId]:
-        return self.admit_some(missed, link_busy)
+        room = upload_budget(self.costs, link_busy)
+        absent = [expert for expert in missed if expert not in self.cache]
+        return [expert for expert in absent[:room] if self.admit(expert)]
 
 
 class Hybrid(CopyMisses):
     """Misses are divided so that a layer ends earliest; who stays in VRAM has to be worth its copy."""
 
     def __init__(self, slots: int, costs: TierCosts, routing: Routing) -> None:
-        super().__init__(slots, costs, routing, "forecast")
-        self._worth = Worth()
+        super().__init__(slots, costs, routing, POLICY)
+        self._renewal = Renewal(self.cache)
         self._recall = routing.recall
-        self._ram: ExpertCache | None = None
-        self._dearness = 1.0
 
     def below(self, ram: ExpertCache, read: float) -> None:
-        self._ram, self._dearness = ram, self.costs.dearness(read)
+        self._renewal = Renewal(self.cache, ram)
+        self._renewal.read_s = read
 
     def split(self, hits: int, in_ram: Sequence[ExpertId], arriving: Arriving, link_busy: float) -> Split:
-        ordered = self._worth.ordered(in_ram)
-        return split_misses(hits, ordered, self.costs, arriving=arriving, link_busy=link_busy)
+        return self._renewal.split(hits, in_ram, self.costs, arriving=arriving, link_busy=link_busy)
 
     def served(self, chosen: Step, copied: Sequence[ExpertId]) -> None:
-        self._worth.use(chosen)
+        self._renewal.use(chosen)
         super().served(chosen, copied)
 
     def prefetch(self, guess: Sequence[ExpertId], link_busy: float) -> list[ExpertId]:
-        return self.admit_some(self._worth.ordered(guess), link_busy, soon=self._recall)
+        return self._bring(guess, link_busy, soon=self._recall)
 
     def upload(self, missed: Sequence[ExpertId], link_busy: float) -> list[ExpertId]:
-        return self.admit_some(self._worth.ordered(missed), link_busy)
+        self._renewal.computed(self.costs.cpu.of(len(missed)))
+        return self._bring(missed, link_busy)
 
-    def tick(self) -> None:
-        super().tick()
-        self._worth.tick()
+    def tick(self, seconds: float) -> None:
+        super().tick(seconds)
+        self._renewal.tick(seconds)
 
     def admit(self, expert: ExpertId) -> bool:
-        admitted = super().admit(expert)
-        if admitted and self._ram is not None:
-            self._ram.demote(expert)  # two copies are one too many
-        return admitted
+        return self._renewal.admit(expert, transient=not self._renewal.stays(expert, self.costs)) is not None
 
-    def admits(self, expert: ExpertId, soon: float = 0.0, copied: bool = False) -> bool:
-        victim = self.cache.next_victim(expert.layer)
-        elsewhere = victim is None or self._ram is None or victim in self._ram
-        gain = soon + self._worth.gain(expert, victim, 1.0 if elsewhere else self._dearness)
-        return worth_admitting(gain, self.costs, copied=copied)
+    def _bring(self, experts: Sequence[ExpertId], link_busy: float, soon: float = 0.0) -> list[ExpertId]:
+        absent = [expert for expert in experts if expert not in self.cache]
+        uploads = self._renewal.uploads(absent, self.costs, link_busy, soon)
+        return [expert for expert in uploads if self._renewal.admit(expert) is not None]
 
 
 HYBRID = "hybrid"
@@ -244,9 +229,9 @@ _STRATEGIES: dict[str, Callable[[int, TierCosts, Routing], Strategy]] = {
     "static-layers": static_layers,
     "static-experts": static_experts,
     "copy-lru": partial(CopyMisses, policy="lru"),
-    "copy-forecast": partial(CopyMisses, policy="forecast"),
+    f"copy-{POLICY}": partial(CopyMisses, policy=POLICY),
     "cpu-lru": partial(CpuOnMiss, policy="lru"),
-    "cpu-forecast": partial(CpuOnMiss, policy="forecast"),
+    f"cpu-{POLICY}": partial(CpuOnMiss, policy=POLICY),
     HYBRID: Hybrid,
 }
 

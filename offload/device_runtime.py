@@ -21,7 +21,7 @@ import torch
 
 from ..cache.device_stats import DeviceLayerStats, DeviceStats
 from ..cache.expert import ExpertId, Lookup
-from ..cache.hybrid import Measured, TierCosts, split_misses
+from ..cache.hybrid import Measured, TierCosts
 from ..cache.manager import ExpertCache
 from ..quant.kernels import ExpertKernels, ResidentKernels
 from .admissions import Admissions
@@ -99,6 +99,7 @@ class DeviceRuntime:
         self._ascending = self._put(torch.arange(top_k)[None])
         self._from_cpu = torch.empty(0, 0)
         self._timed: tuple[int, Mark] | None = None
+        self._began = device.clock()
         self.in_order = True
 
     # One layer
@@ -108,6 +109,8 @@ class DeviceRuntime:
         self, layer: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The weighted sum of each token's experts; see `ExpertRuntime.run_layer`. All tensors are the device's."""
+        if layer == 0:
+            self._began = self.device.clock()
         hidden = hidden_states.float().contiguous()
         parts = self.device.empty((top_k_index.numel(), hidden.shape[1]), torch.float32)
         run = self._run_token if hidden.shape[0] == 1 else self._run_prompt
@@ -195,15 +198,16 @@ class DeviceRuntime:
         return told
 
     def _note_uses(self, layer: int, experts: tuple[ExpertId, ...]) -> None:
-        self.admissions.worth.use(experts)
+        self.admissions.renewal.use(experts)
         self.ram.history.record(layer, experts)
 
     def _tick(self, single: bool) -> None:
         """One token is done, or a piece of a prompt."""
         if single and self.ram.predictor is not None and not self.table.full:
             self.ram.test_prefetch()
-        for part in (self.cache, self.ram.cache, self.admissions.worth):
+        for part in (self.cache, self.ram.cache):
             part.tick()
+        self.admissions.renewal.tick(self.device.clock() - self._began if single else 0.0)
         self.admissions.measure_reads(self.ram.stats)
 
     def _run_experts(self, step: _Step, guess: Sequence[int]) -> None:
@@ -264,8 +268,9 @@ class DeviceRuntime:
             self._stream(step, experts)
             return
         busy = len(self.uploads) * self.costs.copy.each
-        order = self.admissions.worth.ordered(experts)
-        copied, on_cpu = split_misses(hits, order, self.costs, arriving=arriving, link_busy=busy, most=self.cache.floor)
+        copied, on_cpu = self.admissions.renewal.split(
+            hits, experts, self.costs, arriving=arriving, link_busy=busy, most=self.cache.floor
+        )
         self._on_device(step, [expert for _, expert in arriving if expert not in on_cpu])
         self._stream(step, copied)
         self._on_cpu(step, on_cpu)
@@ -315,6 +320,7 @@ class DeviceRuntime:
             rows = slice(job.start, job.start + job.count)
             self.device.put(step.parts[rows], self._from_cpu[rows])
         self.ram.stats.record_compute(seconds)
+        self.admissions.renewal.computed(seconds)
         if self._learns and not len(self.uploads):
             self.costs = self.costs.corrected(cpu=Measured(len(experts), seconds))
 
@@ -323,7 +329,7 @@ class DeviceRuntime:
     def _stream(self, step: _Step, experts: Sequence[ExpertId]) -> None:
         """Copy experts up and compute them, a wave at a time: the next one travels while the last one is computed."""
         waves: deque[list[ExpertId]] = deque()
-        held = 0
+        renewal, held = self.admissions.renewal, 0
         try:
             for start in range(0, len(experts), self._wave):
                 wave = list(experts[start : start + self._wave])
@@ -332,7 +338,7 @@ class DeviceRuntime:
                     self.cache.unlock(waves.popleft())
                 waves.append([])
                 for expert in wave:
-                    stays = step.keep is None or expert.index in step.keep
+                    stays = renewal.stays(expert, self.costs) if step.keep is None else expert.index in step.keep
                     self.admissions.bring(expert, transient=not stays)
                     self.cache.lock((expert,))
                     waves[-1].append(expert)

@@ -83,7 +83,7 @@ class Model:
         store, manifest = self._store, self._store.manifest
         pool = open_pool(config, notice)
         hf.check_version(notice)
-        linear = find_linear(pool, device, config)
+        linear = find_linear(pool, device, config, bool(manifest.trunk_packed), notice)
         # The CPU's kernels compute in float32; with half-precision activations each would convert back and forth.
         packed = manifest.trunk_packed if linear is not None and device is None else {}
         skeleton = hf.build_skeleton(hf.read_config(self.path), torch.float32 if packed else None)

@@ -12,24 +12,38 @@ from torch import nn
 
 from ..quant.linear import MakeLinear, NativeLinear, PackedMatrix, QuantEmbedding, matrix_format
 from ..quant.native import NativePool
-from ..quant.triton_kernels import load_triton
+from ..quant.triton_kernels import load_triton, why_missing
 from ..quant.triton_linear import TILE_TOKENS, TritonLinear
 from .config import OffloadConfig
 from .device import Device
 from .hf import Skeleton, load_trunk
 from .manifest import Manifest
-from .source import OnProgress
+from .source import OnNotice, OnProgress
 from .store import ExpertStore
 
 _CPU = torch.device("cpu")
 
 
-def find_linear(pool: NativePool | None, device: Device | None, config: OffloadConfig) -> MakeLinear | None:
-    """What multiplies by packed matrices where the trunk lies; None where they have to be dequantised."""
+def find_linear(
+    pool: NativePool | None, device: Device | None, config: OffloadConfig, has_packed: bool, on_notice: OnNotice
+) -> MakeLinear | None:
+    """What multiplies by packed matrices where the trunk lies; None where they have to be dequantised.
+
+    Args:
+        has_packed: whether there are any. Then a device that lacks kernels for them says so.
+    """
     if device is None:
         return None if pool is None else functools.partial(NativeLinear, pool)
-    if config.kernels != "torch" and device.lacks is None and load_triton() is not None:
+    if config.kernels == "torch":
+        return device.linear
+    obstacle = device.lacks or (why_missing() if load_triton() is None else None)
+    if obstacle is None:
         return TritonLinear
+    if device.linear is None and has_packed:
+        on_notice(
+            f"{obstacle} The trunk's packed matrices are dequantised on {device.name}, once, "
+            "which leaves less of its memory for experts."
+        )
     return device.linear
 
 

@@ -324,7 +324,12 @@ def test_with_everything_on_the_device_the_caller_waits_once_a_token_and_misses_
         waits.append(world.device.waits - before)
         runtime = world.runtime
         books.append(
-            (runtime.stats.to_dict(), world.stats.uses, runtime.admissions.worth._uses, world.ram.history.copy())
+            (
+                runtime.stats.to_dict(),
+                world.stats.uses,
+                runtime.admissions.renewal._worth._uses,
+                world.ram.history.copy(),
+            )
         )
         world.check()
     assert waits == [10, 10 * LAYERS]

@@ -9,6 +9,7 @@ from itertools import accumulate
 import pytest
 from pocketmoe.cache.expert import ExpertId
 from pocketmoe.cache.hybrid import (
+    COLDEST,
     HORIZON,
     Cost,
     Measured,
@@ -17,7 +18,7 @@ from pocketmoe.cache.hybrid import (
     ends,
     split_misses,
     upload_budget,
-    worth_admitting,
+    worth_uploading,
 )
 
 FREE = Cost(0.0, 0.0)
@@ -173,7 +174,7 @@ def test_worth_grows_with_uses_and_fades_with_time_and_is_a_rate():
     worth = worth_of({often: [*range(100)], seldom: [*range(0, 100, 5)], once: [99], long_ago: [1]}, 100)
     assert worth.ordered([long_ago, once, seldom, often]) == [often, seldom, once, long_ago]
     assert 0.5 < worth.rate(often) <= 1
-    assert worth.rate(SOME[7]) == 0 < worth.rate(long_ago)
+    assert COLDEST == worth.rate(SOME[7]) == worth.rate(long_ago) < worth.rate(seldom)
 
 
 def test_gain_is_what_the_newcomer_brings_beyond_its_victim():
@@ -192,18 +193,18 @@ def test_a_victim_that_would_have_to_be_read_from_disk_is_dearer():
     assert worth.gain(often, None, dearness) == worth.gain(often, None)
 
 
-def test_admission_pays_above_a_number_of_hits_that_grows_with_the_price_and_a_copy_made_anyway_is_free():
-    least = next(n / 100 for n in range(1000) if worth_admitting(n / 100, LAPTOP))
-    dearer = replace(LAPTOP, cpu_slowdown=0.4)
-    assert 1 < least < next(n / 100 for n in range(1000) if worth_admitting(n / 100, dearer))
-    assert worth_admitting(0.01, LAPTOP, copied=True)
-    assert not worth_admitting(0.0, LAPTOP, copied=True)
-    assert not worth_admitting(-1.0, LAPTOP, copied=True)
+def test_an_upload_pays_above_a_number_of_hits_that_grows_with_what_the_cpu_loses():
+    def least(costs: TierCosts, cpu_share: float) -> float:
+        return next(n / 100 for n in range(1000) if worth_uploading(n / 100, costs, cpu_share))
+
+    assert 1 < least(LAPTOP, 1.0) < least(replace(LAPTOP, cpu_slowdown=0.4), 1.0)
+    assert 0 < least(LAPTOP, 0.0) < least(LAPTOP, 0.5) < least(LAPTOP, 1.0)
+    assert not worth_uploading(0.0, LAPTOP, 0.0) and not worth_uploading(-1.0, LAPTOP, 0.0)
 
 
-def test_nothing_is_admitted_where_a_hit_is_no_faster_than_a_miss():
+def test_nothing_is_uploaded_where_a_hit_is_no_faster_than_a_miss():
     slow_gpu = replace(LAPTOP, gpu=Cost(0.0, 1.0))
-    assert not worth_admitting(100.0, slow_gpu) and not worth_admitting(100.0, slow_gpu, copied=True)
+    assert not worth_uploading(100.0, slow_gpu, 1.0) and not worth_uploading(100.0, slow_gpu, 0.0)
 
 
 def test_an_upload_is_queued_behind_less_than_one_copy_only():

@@ -22,18 +22,18 @@ ORDER = {
         "triton_kernels linear triton_linear"
     ),
     "cache": (
-        "expert units json_fields whole_file order published forecast analog hybrid policy eviction manager "
-        "trace history replay counters device_stats saved_stats cost advice machine routing strategies "
-        "simulate verdict report sections report_text charts report_html stats past_runs answer_line "
-        "self_test"
+        "expert units json_fields whole_file order published forecast analog hybrid policy eviction "
+        "manager renewal trace history replay counters device_stats saved_stats cost advice machine "
+        "routing strategies simulate verdict report sections report_text charts report_html stats "
+        "past_runs answer_line self_test"
     ),
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (
         "errors packed_scheme config estimate memory placement contexts workspace outline device pages "
-        "simulated_device resident_table source apart template_worker templates checkpoint_files hub_name naming hub "
-        "hf_families kv_cache hf_experts hf_norms hf gptq_awq prequantized hf_keys hf_layers foresight "
-        "sizes byte_level tiktoken_file checkpoint hub_source fit convert store tiers "
-        "ram_table uploads transfer predictor prefetch warm_start reads recorder choices recovery "
+        "simulated_device resident_table source apart template_worker templates checkpoint_files "
+        "hub_name naming hub hf_families kv_cache hf_experts hf_norms hf gptq_awq prequantized hf_keys "
+        "hf_layers foresight sizes byte_level tiktoken_file checkpoint hub_source fit convert store "
+        "tiers ram_table uploads transfer predictor prefetch warm_start reads recorder choices recovery "
         "runtime below admissions after_prompt device_runtime device_tier planning lean reasoning "
         "generate tokenizer model gguf_file gguf_config gguf_tensor gguf_tokenizer gguf_llama "
         "gguf_source gguf_hub loading demo_store demo outline_reader outline_cache outlook probe survey "

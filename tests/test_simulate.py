@@ -208,14 +208,14 @@ def short_routing() -> Routing:
 def test_the_hybrid_is_no_slower_than_any_single_strategy_on_any_link(link, vram):
     shape = SHAPES["gpt-oss-20b"]._replace(layers=8)
     machine = replace(MACHINES["laptop-8gb"], vram=int(vram * GIB) + 10**9)
-    require_best(speeds(short_routing(), shape, machine, link), slack=0.006)
+    require_best(speeds(short_routing(), shape, machine, link), slack=0.001)
 
 
 @pytest.mark.parametrize("link", ["pcie3x4", "pcie4x16"])
 def test_the_hybrid_is_no_slower_either_where_ram_is_too_small_as_well(link):
     shape = SHAPES["gpt-oss-20b"]._replace(layers=8)
     machine = replace(MACHINES["laptop-8gb"], vram=int(2.6 * GIB) + 10**9, ram=int(7 * GB))
-    require_best(speeds(short_routing(), shape, machine, link), slack=0.005)
+    require_best(speeds(short_routing(), shape, machine, link), slack=0.001)
 
 
 @cache
@@ -228,5 +228,5 @@ def real_routing() -> Routing:
 @pytest.mark.parametrize("link", LINKS)
 def test_on_real_routing_too_and_at_least_1_5_times_as_fast_as_whole_layers(link):
     found = speeds(real_routing(), SHAPES["gpt-oss-20b"], MACHINES["laptop-8gb"], link)
-    require_best(found, slack=0.005)
+    require_best(found, slack=0.001)
     assert found[HYBRID] > 1.5 * found["static-layers"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from pocketmoe.offload import packing
+from pocketmoe.offload import packing, trunk
 from pocketmoe.offload.checkpoint import CheckpointSource
+from pocketmoe.offload.config import OffloadConfig
 from pocketmoe.offload.convert import convert
 from pocketmoe.offload.loading import load
+from pocketmoe.offload.simulated_device import SimulatedDevice
 from pocketmoe.offload.store import ExpertStore
 from pocketmoe.quant.linear import (
     NativeLinear,
@@ -88,3 +90,17 @@ def test_a_lossless_codec_keeps_the_trunk_as_it_ships_unless_told_otherwise(tmp_
     assert not ExpertStore(convert(source, tmp_path / "a", "f32")).manifest.trunk_packed
     assert ExpertStore(convert(source, tmp_path / "b", "int4-g32")).manifest.trunk_packed
     assert not ExpertStore(convert(source, tmp_path / "c", "int4-g32", trunk="keep")).manifest.trunk_packed
+
+
+@pytest.mark.parametrize("why", ["the device lacks something.", None])
+def test_a_trunk_that_a_device_can_only_keep_dequantised_is_said_once_and_why(why, monkeypatch):
+    device = SimulatedDevice()
+    device.linear, device.lacks = None, why
+    monkeypatch.setattr(trunk, "load_triton", lambda: None)
+    monkeypatch.setattr(trunk, "why_missing", lambda: "There is no Triton.")
+    notices: list[str] = []
+    for kernels, packed in (("auto", True), ("auto", False), ("torch", True)):
+        config = OffloadConfig.of(kernels=kernels)
+        assert trunk.find_linear(None, device, config, packed, notices.append) is None
+    assert len(notices) == 1
+    assert notices[0].startswith(f"{why or 'There is no Triton.'} The trunk's packed matrices are dequantised")
