@@ -66,7 +66,7 @@ class Forecast(SortedOrder):
 
     def _of_layer(self, layer: int) -> Iterator[Ranked]:
         now, least = self._turn[layer], -inf  # ranks never fall along the order
-        for expert, _ in super()._of_layer(layer):
+        for expert in self._in_order(layer):
             count, last = self._uses[expert]
             age = now - last  # below 0 by instants in the token of the last use
             wait = expected_wait(faded(count, age), age)

@@ -98,11 +98,14 @@ class SortedOrder(Order[list[ExpertId]]):
         self.stale.add(expert[0])
 
     def _of_layer(self, layer: int) -> Iterator[Ranked]:
-        order, keys = self._layers[layer], self._keys
+        for expert in self._in_order(layer):
+            yield expert, self._keys[expert]
+
+    def _in_order(self, layer: int) -> list[ExpertId]:
         if layer in self._unsorted:
             self._unsorted.remove(layer)
-            order.sort(key=keys.__getitem__)
-        return zip(order, map(keys.__getitem__, order), strict=True)
+            self._layers[layer].sort(key=self._keys.__getitem__)
+        return self._layers[layer]
 
 
 class UseCounts:
