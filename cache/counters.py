@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 from .expert import Lookup
 from .json_fields import of_kind
 
-Note = tuple[int, Lookup, int, int, float, float]
-"""What one layer did: the arguments of `RunStats.record`."""
+Note = tuple[int, Lookup, int, int, float, float, float]
+"""What one layer did: the arguments of `RunStats.record`, and the seconds that it waited for bytes."""
+NOTHING = Lookup((), ())
 
 
 @dataclass(slots=True)
@@ -69,18 +71,41 @@ class Step(NamedTuple):
 
 def count(notes: Iterable[Note], per_layer: Sequence[LayerStats], phase: PhaseStats) -> None:
     """Add what layers did in `phase` to the counters."""
-    for layer, (hit, missed), late, prefetch_hits, kernels_s, layer_s in notes:
+    for layer, (hit, missed), late, prefetch_hits, kernels_s, layer_s, stall_s in notes:
         counters, hits, misses = per_layer[layer], len(hit), len(missed)
         counters.requests += hits + misses
         counters.hits += hits
         counters.misses += misses
         counters.late += late
         counters.prefetch_hits += prefetch_hits
+        counters.stall_s += stall_s
         phase.requests += hits + misses
         phase.hits += hits
         phase.missing += misses + prefetch_hits
+        phase.stall_s += stall_s
         phase.compute_s += kernels_s
         phase.layers_s += layer_s
+
+
+_IN_LAYER = "requests", "hits", "misses", "late", "prefetch_hits", "stall_s"
+_IN_PHASE = "requests", "hits", "missing", "stall_s", "compute_s", "layers_s"
+_of_layer, _of_phase = attrgetter(*_IN_LAYER), attrgetter(*_IN_PHASE)
+
+
+class Before:
+    """What `count` changes, as it was before notes were counted."""
+
+    def __init__(self, notes: Iterable[Note], per_layer: Sequence[LayerStats], phase: PhaseStats) -> None:
+        self._layers = [(per_layer[note[0]], _of_layer(per_layer[note[0]])) for note in notes]
+        self._phase, self._of_phase = phase, _of_phase(phase)
+
+    def restore(self) -> None:
+        """May itself be interrupted, and done again."""
+        for counters, values in self._layers:
+            for name, value in zip(_IN_LAYER, values, strict=True):
+                setattr(counters, name, value)
+        for name, value in zip(_IN_PHASE, self._of_phase, strict=True):
+            setattr(self._phase, name, value)
 
 
 Counters = TypeVar("Counters", LayerStats, PhaseStats)

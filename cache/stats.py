@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from .counters import LayerStats, Note, PhaseStats, Step, check, copied, count, outstanding
+from .counters import NOTHING, Before, LayerStats, Note, PhaseStats, Step, check, copied, count, outstanding
 from .device_stats import DeviceStats
 from .expert import ExpertId, Lookup
 from .history import History
@@ -82,6 +82,8 @@ class RunStats:
         self._lock = threading.RLock()
         self._phase = self.prompt
         self._notes: deque[Note] = deque()
+        self._before: tuple[Before, int] | None = None
+        """While notes are counted: the counters before, and all requests."""
         self._in_flight = 0
         self._in_flight_since = 0.0
         self._waited, self._missing = self.answer.stall_s, self.answer.missing
@@ -105,16 +107,28 @@ class RunStats:
     ) -> None:
         """One layer's requests. `late` of the misses were in flight, `prefetch_hits` of the hits came by prefetch; the
         expert kernels ran for `kernels_s`, and the layer's experts took `layer_s` in all."""
-        self._notes.append((layer, wanted, late, prefetch_hits, kernels_s, layer_s))
+        self._notes.append((layer, wanted, late, prefetch_hits, kernels_s, layer_s, 0.0))
         if layer == self.layers - 1:
             with self._lock:
                 self._count()
 
     def _count(self) -> None:
-        """Count what has been noted. Other threads may go on noting meanwhile."""
+        """Count what has been noted. Other threads may go on noting meanwhile.
+
+        A Ctrl-C may fall between any two lines here: what it cuts off is left out. The uses are counted last and by a
+        single call into C, so they say how far it had come.
+        """
+        if self._before is not None:
+            before, requests = self._before
+            if sum(self.uses.values()) == requests:
+                before.restore()
+            self._before = None
         notes = [self._notes.popleft() for _ in range(len(self._notes))]
+        self._before = Before(notes, self.per_layer, self._phase), self.prompt.requests + self.answer.requests
+        chosen = tuple(chain.from_iterable(chain.from_iterable(note[1] for note in notes)))
         count(notes, self.per_layer, self._phase)
-        self.uses.update(chain.from_iterable(chain.from_iterable(note[1] for note in notes)))
+        self.uses.update(chosen)
+        self._before = None
 
     def read_started(self) -> None:
         """A read went to the disk. Each one ends in `read_finished` or `read_failed`."""
@@ -160,9 +174,7 @@ class RunStats:
 
     def record_stall(self, layer: int, seconds: float) -> None:
         """Compute waited `seconds` for bytes of `layer`."""
-        with self._lock:
-            self.per_layer[layer].stall_s += seconds
-            self._phase.stall_s += seconds
+        self._notes.append((layer, NOTHING, 0, 0, 0.0, 0.0, seconds))
 
     def record_compute(self, seconds: float) -> None:
         """The expert kernels ran for `seconds`."""
@@ -212,6 +224,7 @@ class RunStats:
         and guesses that have not ended."""
         with self._lock:
             self._notes.clear()
+            self._before = None
             in_prompt = self._phase is self.prompt
             self.per_layer = [LayerStats(prefetch_issued=outstanding(counters)) for counters in self.per_layer]
             self.prompt, self.answer = PhaseStats(), PhaseStats()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import suppress
 
 import pytest
 from fakes_run import Clock
+from fakes_runtime import Interruption
 from pocketmoe.cache.expert import ExpertId, Lookup
 from pocketmoe.cache.stats import LayerStats, RunStats
 from pocketmoe.cache.units import format_bytes, parse_bytes
@@ -122,6 +124,24 @@ def test_a_snapshot_keeps_its_numbers_while_recording_goes_on():
     stats.record_answer(1, 1, 0.1)
     assert before.to_dict() == data
     assert stats.to_dict() != data
+
+
+def test_after_an_interruption_at_any_line_of_the_counting_a_saved_run_can_be_read(tmp_path):
+    at, happened = 0, True
+    while happened:
+        stats = a_run(tokens=3, stall_s=0.01)
+        with Interruption(("cache.stats", "cache.counters"), at) as interruption, suppress(KeyboardInterrupt):
+            for layer in range(2):
+                stats.record_stall(layer, 0.25)
+                stats.record(layer, lookup(5, 3, layer), late=2, prefetch_hits=1)
+            stats.snapshot()
+        happened = interruption.happened
+        stats.save(tmp_path / "last.json")
+        stats.record(0, lookup(5, 3))
+        stats.check()
+        assert RunStats.load(tmp_path / "last.json").total("requests") in (32, 40, 48), "a layer is counted or left out"
+        at += 1
+    assert at > 50
 
 
 def test_snapshots_taken_while_threads_record_are_consistent_and_nothing_is_lost():
