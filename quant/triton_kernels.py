@@ -227,6 +227,8 @@ class TritonKernels:
     def run(self, hidden: torch.Tensor, rows: torch.Tensor, jobs: Sequence[ExpertJob], out: torch.Tensor) -> None:
         """See `kernels.ExpertKernels.run`."""
         table, launches = schedule(jobs)
+        if hidden.is_cuda:  # pinned memory is torch's own until the copy is over; any other, only CUDA has read by then
+            table = table.pin_memory()
         self.launch(hidden, rows, Schedule(table.to(hidden.device, non_blocking=True), launches), out)
 
     def launch(self, hidden: torch.Tensor, rows: torch.Tensor, schedule: Schedule, out: torch.Tensor) -> None:

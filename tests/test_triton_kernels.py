@@ -257,6 +257,31 @@ def test_compiled_code_reads_16_bytes_at_a_time_and_multiplies_on_tensor_cores(c
             assert re.search(r"mma\S*\.bf16\.bf16", ptx)
 
 
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "warp"), [("gfx1100", 32), ("gfx942", 64)])
+@pytest.mark.parametrize("codec", ["int4-g32-zp", "mxfp4"])
+def test_amd_s_compiler_takes_the_kernels_and_uses_its_matrix_cores(codec: str, arch: str, warp: int, tmp_path):
+    from triton import compile, knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    code = triton_kernels.device_code(interpret=False)
+    kernels = make_kernels(codec, ExpertShape(2048, 768))
+    for tokens in (1, *triton_kernels.TILE_TOKENS):
+        variant = triton_kernels.variant(tokens, kernels.gate_up, code, interpret=False)
+        types = {"table": "*i64", "first": "i32", "x": "*fp32", "rows": "*i32", "y": "*fp32"}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
+        types |= dict.fromkeys(variant.constants, "constexpr")
+        source = ASTSource(variant.kernel, types, variant.constants, aligned)
+        with knobs.cache.scope():
+            knobs.cache.dir = str(tmp_path)
+            compiled = compile(source, GPUTarget("hip", arch, warp), options=variant.options)
+        assert compiled.asm["hsaco"]
+        assert bool(re.search(r"v_(wmma|mfma)\w*bf16", compiled.asm["amdgcn"])) == (tokens > 1)
+        assert re.search(r"ScratchSize: 0\b", compiled.asm["amdgcn"])  # no registers are spilled
+
+
 # Without Triton
 
 
