@@ -126,7 +126,8 @@ class Device(Protocol):
         ...
 
     def trim(self) -> None:
-        """Give memory that torch holds in reserve back to the device."""
+        """Give memory that torch holds in reserve back to the device, once both queues are through: after an
+        interruption there may be a copy of which nobody has a mark."""
         ...
 
 
@@ -271,6 +272,7 @@ class TorchDevice:
             module.set_per_process_memory_fraction(min(1.0, nbytes / total), self.torch_device)
 
     def trim(self) -> None:
+        torch.accelerator.synchronize(self.torch_device)
         torch.get_device_module(self.torch_device).empty_cache()
 
 
