@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from functools import cache
 
+import cachetools
 import numpy as np
 import pytest
 from pocketmoe.cache.expert import ExpertId
@@ -151,7 +152,6 @@ def test_replays_side_by_side_give_the_results_of_one_after_the_other():
 
 @pytest.mark.parametrize("name", ["LRUCache", "FIFOCache"])
 def test_with_one_layer_and_single_experts_we_are_the_textbooks_cache(name):
-    cachetools = pytest.importorskip("cachetools", reason="the independent implementation is not installed")
     requests = Requests(make_trace(2000, layers=1, experts=40, top_k=1))
     for slots in (1, 3, 10, 25):
         reference, hits = getattr(cachetools, name)(slots), 0
