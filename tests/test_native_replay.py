@@ -87,6 +87,15 @@ def test_what_cannot_be_replayed_is_refused(native):
             native.misses(chosen, "lru", 8)
 
 
+def test_more_experts_than_have_a_number_are_refused(native):
+    chosen = np.full((1, 40_000, 1), NONE, np.int32)
+    chosen[0, 0, 0] = 65_534
+    with pytest.raises(NativeError, match="bad argument"):
+        native.misses(chosen, "lru", 40_000)
+    with pytest.raises(NativeError, match="bad argument"):
+        native.lru_depths(chosen)
+
+
 def test_nothing_requested_is_nothing_missed(native):
     for tokens in (0, 3):
         chosen = np.full((tokens, 2, 2), NONE, np.int32)

@@ -14,7 +14,7 @@
 #define PM_API __attribute__((visibility("default")))
 #endif
 
-// Raised whenever a structure or a signature below changes; quant/native.py refuses another number.
+// Raised whenever a structure or a signature below changes; quant/native_library.py refuses another number.
 #define PM_ABI_VERSION 5
 
 #ifdef __cplusplus

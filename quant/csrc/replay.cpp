@@ -189,6 +189,7 @@ void lru_depths(const pm_requests& requests, int32_t* depths) {
 
 bool is_valid(const pm_requests& r) {
     if (r.tokens < 0 || r.layers < 1 || r.top_k < 1 || r.experts < 1) return false;
+    if (static_cast<int64_t>(r.layers) * r.experts > std::numeric_limits<int32_t>::max()) return false;
     const int32_t* chosen = r.chosen;
     for (int64_t row = 0; row < r.tokens * r.layers; row++) {
         int32_t before = -1;
