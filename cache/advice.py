@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .cost import Costs, DiskSpeed, seconds_per_token
 from .history import History
+from .policy import policy_names
 from .replay import OPTIMUM, PlainReplayer, Replayer, chosen_of
 
 if TYPE_CHECKING:
@@ -78,10 +79,13 @@ def advise(
         replayer: None for the plain one.
 
     Returns:
-        None where there is too little to go by: fewer than ENOUGH_TOKENS tokens on record, or no slots known.
+        None where there is too little to go by: fewer than ENOUGH_TOKENS tokens on record, no slots known or fewer than
+        its tokens need, or a policy that is not known here, as in a file of another version.
     """
     history, slots, total, policy = run.history, run.slots, run.total_experts, run.policy
-    if history is None or history.tokens < ENOUGH_TOKENS or not (slots and total and policy):
+    if history is None or history.tokens < ENOUGH_TOKENS or not (slots and total):
+        return None
+    if policy not in policy_names() or slots < history.layers * history.top_k:
         return None
     replays = _Replays(history, replayer or PlainReplayer())
     latest = list(run.pace)[-replays.tokens :]
