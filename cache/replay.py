@@ -17,6 +17,7 @@ import heapq
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cached_property
 from itertools import cycle, repeat
 from typing import Any, NamedTuple, Protocol
 
@@ -55,11 +56,11 @@ class Requests:
         """`chosen` of each."""
         return np.split(self.chosen, self._starts)
 
-    @property
+    @cached_property
     def total(self) -> int:
         return int(np.count_nonzero(self.chosen != NONE))
 
-    @property
+    @cached_property
     def compulsory(self) -> int:
         """First requests for an expert in a sequence: no cache can hit them."""
         used = np.zeros((self.layers, self.experts // self.layers + 1), bool)
@@ -271,12 +272,14 @@ def compare(
 ) -> Iterator[Result]:
     """Replay all cases, `jobs` at a time (default: one per core), and yield their results in order."""
     jobs = min(jobs or os.cpu_count() or 1, len(cases))
-    if replayer is None and jobs > 1:  # threads would take turns in Python
+    if jobs <= 1:  # where a Ctrl-C ends it at once
+        yield from (replay(requests, *case, per_layer, replayer) for case in cases)
+    elif replayer is None:  # threads would take turns in Python
         with ProcessPoolExecutor(jobs, initializer=_prepare, initargs=(requests,)) as pool:
             yield from pool.map(_replay_prepared, cases, repeat(per_layer))
-        return
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda case: replay(requests, *case, per_layer=per_layer, replayer=replayer), cases)
+    else:
+        with ThreadPoolExecutor(jobs) as pool:
+            yield from pool.map(lambda case: replay(requests, *case, per_layer, replayer), cases)
 
 
 _prepared: list[Requests] = []

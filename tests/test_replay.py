@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from functools import cache
 
 import cachetools
@@ -11,7 +12,18 @@ import pytest
 from pocketmoe.cache.expert import ExpertId
 from pocketmoe.cache.manager import ExpertCache
 from pocketmoe.cache.policy import get_policy, policy_names
-from pocketmoe.cache.replay import OPTIMUM, Case, Requests, Step, chosen_of, compare, lru_curve, replay, steps_of
+from pocketmoe.cache.replay import (
+    OPTIMUM,
+    Case,
+    PlainReplayer,
+    Requests,
+    Step,
+    chosen_of,
+    compare,
+    lru_curve,
+    replay,
+    steps_of,
+)
 from pocketmoe.cache.trace import DECODE, PREFILL, Trace
 
 
@@ -148,6 +160,18 @@ def test_replays_side_by_side_give_the_results_of_one_after_the_other():
     results = list(compare(Requests(trace), cases, jobs=1))
     assert [(result.policy, result.slots) for result in results] == cases
     assert list(compare(Requests(trace), cases, jobs=2)) == results
+
+
+def test_one_replay_at_a_time_is_the_callers_own_so_that_an_interruption_ends_it():
+    class Interrupted(PlainReplayer):
+        def misses(self, chosen, policy, slots):
+            assert threading.current_thread() is threading.main_thread()
+            raise KeyboardInterrupt
+
+    requests = Requests(make_trace(5, layers=2, experts=8, top_k=2))
+    with pytest.raises(KeyboardInterrupt):
+        list(compare(requests, [Case("lru", 6)], replayer=Interrupted()))
+    assert list(compare(requests, [], replayer=Interrupted())) == []
 
 
 @pytest.mark.parametrize("name", ["LRUCache", "FIFOCache"])
