@@ -54,7 +54,7 @@ class _Step:
     found: set[ExpertId]
     """Experts that a kernel has computed, having found them itself."""
     keep: set[int] | None
-    """Of a prompt: experts that stay on the device after it. None: all."""
+    """Of a prompt: experts that stay on the device after it. None: `Renewal.stays` says who."""
     counts: DeviceLayerStats = field(default_factory=DeviceLayerStats)
 
 
