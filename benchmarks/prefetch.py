@@ -34,6 +34,19 @@ PROMPT = "Tell me a long story about a dragon that lives by the sea."
 TURN, DROPPED = 16, 2
 ODD = 2.5
 COUNTS = "useful", "late", "wasted", "cancelled"
+NUMBERS = "depth", "worth", "idle_worth"
+
+
+def way_name(text: str) -> str:
+    """Raises ArgumentTypeError for a way that is not known."""
+    if text not in ("off", "on", "tested"):
+        for option in text.split(","):
+            name, _, value = option.partition("=")
+            if name not in NUMBERS or not value.replace(".", "", 1).isdecimal():
+                raise argparse.ArgumentTypeError(
+                    f"{text!r} is no way: use off, on, tested, or numbers as in worth=0.7,idle_worth=0.5,depth=4"
+                )
+    return text
 
 
 class Switch:
@@ -68,7 +81,7 @@ class Way:
         model._runtime.self_test = self.self_test
         prefetcher = model._runtime.prefetch._inner
         usual = inspect.signature(type(prefetcher)).parameters
-        for name in ("depth", "worth", "idle_worth"):
+        for name in NUMBERS:
             setattr(prefetcher, f"_{name}", self.numbers.get(name, usual[name].default))
 
     def feed(self, model: Any, sequence: Any, token: int) -> torch.Tensor:
@@ -146,7 +159,9 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("--stream", choices=["text", "uniform", "realistic"], default="text")
     parser.add_argument("--shares", type=int, nargs="+", default=[25, 40, 60, 80], help="slots, %% of the experts")
-    parser.add_argument("--ways", nargs="+", default=["off", "on", "tested"], help="ratios are over the first")
+    parser.add_argument(
+        "--ways", type=way_name, nargs="+", default=["off", "on", "tested"], help="ratios are over the first"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="at most (default 20)")
     parser.add_argument("--seconds", type=float, default=45, help="for each share; then no more rounds (default 45)")
     parser.add_argument("--warm", type=int, default=64, help="tokens before (default 64)")
