@@ -30,9 +30,9 @@ Which published Mixture-of-Experts models run on which machine, and about how fa
 
     python -m benchmarks.what_fits > docs/what-fits.md
 
-from the `config.json` of each model (`benchmarks/published_models.json`), without weights, with what `pocketmoe plan`
-uses: **estimates, not measurements.** For your own machine: `pocketmoe plan MODEL`, for another one
-`pocketmoe plan MODEL --vram 8GB --ram 27GB --disk 3.5GB/s`.
+from the values of each model's `config.json` that decide sizes (`benchmarks/published_models.json`, which says how far
+each was checked), without weights, with what `pocketmoe plan` uses: **estimates, not measurements.** For your own
+machine: `pocketmoe plan MODEL`, for another one `pocketmoe plan MODEL --vram 8GB --ram 27GB --disk 3.5GB/s`.
 
 Assumed: RAM read at {RATES.ram / 1e9:.0f} GB/s, the disk at {RATES.disk / 1e9:.1f}, VRAM at {RATES.vram / 1e9:.0f};
 {RAM_SHARE:.0%} of the RAM and {VRAM_SHARE:.0%} of the VRAM for pocketmoe, 400 MB of the latter for CUDA; experts in
