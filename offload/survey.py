@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -81,9 +82,10 @@ def survey(
     Raises:
         UsageError, DataError: the model or an option cannot be used.
     """
-    native = load_native() is not None
+    native, keep = load_native() is not None, _is_fresh()
     with _located(str(model), revision) as (path, more):
-        outline, program = _outline(path, codec=codec, trunk=trunk, native=native, gpu_kernels=_gpu_kernels(), **more)
+        more |= {"codec": codec, "trunk": trunk, "native": native, "gpu_kernels": _gpu_kernels()}
+        outline, program = _outline(path, keep, **more)
     if context and context > outline.longest:
         raise UsageError(
             f"context {context:,} is more than the {outline.longest:,} tokens that this model was made for"
@@ -134,8 +136,14 @@ def _located(model: str, revision: str | None) -> Iterator[tuple[Path, dict[str,
         yield path, {"name": f"{name}/{path.name}", "sizes": {Path(p).name: n for p, n in found["sizes"].items()}}
 
 
-def _outline(path: Path, sizes: Mapping[str, int] | None = None, **options: Any) -> Known:
-    """A model's outline, and what the process takes that has it loaded: from the last time, or else found."""
+def _is_fresh() -> bool:
+    """Whether this process takes no more than one that was started for a model: others may hold models already."""
+    return "torch" not in sys.modules
+
+
+def _outline(path: Path, keep: bool, sizes: Mapping[str, int] | None = None, **options: Any) -> Known:
+    """A model's outline, and what the process takes that has it loaded: from the last time, or else found, and then to
+    be kept or not."""
     cache = OutlineCache(path, **options)
     known = None if sizes else cache.read()  # a header alone lies in a folder that will be gone
     if known is None:
@@ -144,7 +152,7 @@ def _outline(path: Path, sizes: Mapping[str, int] | None = None, **options: Any)
         gguf = read_gguf(path, sizes) if is_gguf(path) and path.exists() else None
         outline = read_outline(path, gguf=gguf, **options)
         known = Known(outline, _program_bytes(path, gguf))
-        if not sizes:
+        if keep and not sizes:
             cache.write(known)
     return known
 

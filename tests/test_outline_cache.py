@@ -19,7 +19,13 @@ RATES = Rates(40e9, 3.5e9, 300e9)
 
 
 @pytest.fixture
-def found(monkeypatch):
+def fresh(monkeypatch):
+    """The process of the tests has torch and much else."""
+    monkeypatch.setattr("pocketmoe.offload.survey._is_fresh", lambda: True)
+
+
+@pytest.fixture
+def found(monkeypatch, fresh):
     """The models whose outlines had to be found."""
     models, find = [], outline_reader.read_outline
     monkeypatch.setattr(outline_reader, "read_outline", lambda *a, **k: models.append(a[0]) or find(*a, **k))
@@ -40,7 +46,7 @@ def kept():
     return sorted((platformdirs.user_cache_path("pocketmoe") / "plans").glob("*.json"))
 
 
-def test_a_second_plan_is_the_same_and_imports_neither_torch_nor_transformers(config):
+def test_a_second_plan_is_the_same_and_imports_neither_torch_nor_transformers(config, fresh):
     first = plan(config)
     program = (
         "import sys, json\nfrom pathlib import Path\nfrom pocketmoe.cli.plan import as_data\n"
@@ -60,6 +66,11 @@ def test_what_decides_an_outline_and_has_changed_makes_a_new_one(config, found):
     config.write_text(json.dumps(content | {"num_local_experts": 16}), encoding="utf-8")
     assert plan(config)["experts"] == 3 * 16
     assert len(found) == 3
+
+
+def test_a_process_that_may_hold_models_keeps_nothing_because_its_size_is_not_that_of_others(config):
+    plan(config)
+    assert kept() == []
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"outline": {"layers": [[1]]}, "program": 1}'])
