@@ -23,7 +23,7 @@ from .packing import packable_names
 from .prequantized import join_quantized
 from .source import MoeLayer, OnNotice, RowReader, TrunkSize
 from .tensorfile import TensorEntry, read_header
-from .tiktoken_file import is_tiktoken, load_tiktoken
+from .tiktoken_file import is_tiktoken, load_tiktoken, require_known
 
 _T = TypeVar("_T")
 
@@ -47,6 +47,8 @@ class CheckpointSource:
         if (path / MANIFEST).is_file():
             raise DataError(f"{path} is a pocketmoe store already; give the checkpoint that it was made from")
         self.config = read_config_json(path)
+        if is_tiktoken(path):
+            require_known(path)  # before the hours that a conversion may take
         config = of_config(path / CONFIG, hf.read_config, path)
         quantization = take_quantization(path, self.config, config)
         self.kept_codec = kept_codec(quantization)

@@ -26,6 +26,25 @@ def is_tiktoken(path: Path) -> bool:
     return (path / RANKS).is_file() and not (path / "tokenizer.json").is_file()
 
 
+def require_known(path: Path) -> dict[str, Any]:
+    """The tokenizer_config.json of such a directory. Raises DataError where it is not for the code that is known."""
+    try:
+        config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        found = config.get("tokenizer_class")
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(path, error) from None
+    if found != _CLASS:
+        raise DataError(
+            f"{path}: the tokenizer in {RANKS} is of class {found!r}, whose code ships with it and is never run; put "
+            "the tokenizer.json of a converted copy of the model beside it"
+        )
+    return config
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: the tokenizer is damaged ({error!r}); download it again")
+
+
 def load_tiktoken(path: Path) -> Any:
     """The tokenizer of transformers that a directory's files describe.
 
@@ -34,10 +53,8 @@ def load_tiktoken(path: Path) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
+    config = require_known(path)
     try:
-        config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-        if config.get("tokenizer_class") != _CLASS:
-            raise DataError(f"{path}: a tokenizer of class {config.get('tokenizer_class')!r} in {RANKS} is not known")
         ranks = _read_ranks(path / RANKS)
         added = {
             int(i): AddedToken(token["content"], special=bool(token.get("special", True)), normalized=False)
@@ -46,7 +63,7 @@ def load_tiktoken(path: Path) -> Any:
         template = path / "chat_template.jinja"
         chat = template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: the tokenizer is damaged ({error!r}); download it again") from None
+        raise _damaged(path, error) from None
     printable = {token: "".join(_PRINTABLE[byte] for byte in token) for token in ranks}
     merges = [
         (printable[token[:i]], printable[token[i:]])

@@ -68,12 +68,18 @@ def test_a_checkpoint_gives_its_store_the_form_that_is_read_fast(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"tokenizer_class": "OtherTokenizer"}, "'OtherTokenizer' in tiktoken.model is not known"),
+    [({"tokenizer_class": "OtherTokenizer"}, "in tiktoken.model is of class 'OtherTokenizer', whose code"),
      ({"added_tokens_decoder": {"x": {}}}, "the tokenizer is damaged")],
 )  # fmt: skip
 def test_what_is_not_known_or_damaged_is_said(changes, message, tmp_path):
     with pytest.raises(DataError, match=message):
         load_tokenizer(write(tmp_path, **changes))
+
+
+def test_what_is_not_known_is_said_before_anything_is_converted(tmp_path):
+    tiny.make_checkpoint(tmp_path / "checkpoint", "mixtral")
+    with pytest.raises(DataError, match="is of class None"):
+        CheckpointSource(write(tmp_path / "checkpoint", tokenizer_class=None))
 
 
 def test_code_of_a_tokenizer_is_never_run(tmp_path):
