@@ -83,7 +83,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _ends(config: dict[str, Any]) -> set[int]:
-    eos = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    eos = config.get("eos_token_id")
+    if eos is None:
+        eos = (config.get("text_config") or {}).get("eos_token_id")
     return {int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None}
 
 

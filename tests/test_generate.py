@@ -257,7 +257,9 @@ def test_sampling_defaults_come_from_generation_config(tmp_path):
         read_generation_config(tmp_path)
 
 
-@pytest.mark.parametrize("content", ['{"eos_token_id": [3, 4]}', '{"text_config": {"eos_token_id": [3, 4]}}'])
+@pytest.mark.parametrize(
+    "content", ['{"eos_token_id": [3, 4]}', '{"eos_token_id": null, "text_config": {"eos_token_id": [3, 4]}}']
+)
 def test_without_generation_config_what_ends_an_answer_is_in_config_json(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     assert read_generation_config(tmp_path) == (Sampling(), {3, 4})
