@@ -123,12 +123,13 @@ def _gpus_of_driver_files(folder: Path) -> list[Gpu]:
     return found
 
 
-def may_have_gpu(devices: Path = Path("/dev")) -> bool:
-    """False where torch need not be asked: no driver has made a device of a kind that it could use."""
+def may_have_gpu(devices: Path = Path("/dev"), driver: Path = _DRIVER_FILES) -> bool:
+    """False where torch need not be asked: no driver has made a device of a kind that it could use, nor is NVIDIA's
+    loaded, which may make them when they are first wanted."""
     if sys.platform == "darwin":
         return False
     found = (path for pattern in _GPU_FILES for path in devices.glob(pattern))
-    return sys.platform != "linux" or next(found, None) is not None
+    return sys.platform != "linux" or driver.exists() or next(found, None) is not None
 
 
 def torch_facts() -> TorchFacts:

@@ -138,6 +138,8 @@ def default_threads() -> int:
 def streaming(library: NativeLibrary, address: int, nbytes: int) -> Iterator[Callable[[], int]]:
     """A function that reads every byte of some memory once with all threads: no kernel can be faster."""
     pool = library.c.pm_create(default_threads(), None)
+    if not pool:
+        raise NativeError("no memory, or no threads, for the kernels")
     pointers, sizes = (ctypes.c_void_p * 1)(address), (ctypes.c_int64 * 1)(nbytes)
     try:
         yield lambda: library.c.pm_stream(pool, pointers, sizes, 1)

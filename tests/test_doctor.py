@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -214,6 +215,14 @@ def test_a_driver_without_nvidia_smi_is_found_by_its_files(tmp_path, monkeypatch
     assert probe.gpus() == [Gpu("NVIDIA H100", "535.183.01")]
     monkeypatch.setattr(probe, "_DRIVER_FILES", tmp_path / "absent")
     assert probe.gpus() == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch is asked")
+def test_torch_is_asked_where_a_driver_has_made_devices_or_may_yet_make_them(tmp_path):
+    assert not probe.may_have_gpu(tmp_path, tmp_path / "driver")
+    assert probe.may_have_gpu(tmp_path, tmp_path)
+    (tmp_path / "kfd").touch()
+    assert probe.may_have_gpu(tmp_path, tmp_path / "driver")
 
 
 def test_the_file_system_is_that_of_the_innermost_mount(tmp_path):

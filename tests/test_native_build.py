@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pocketmoe.quant import native, native_build, native_library
@@ -60,3 +61,14 @@ def test_why_missing_names_reason_and_remedy(monkeypatch: pytest.MonkeyPatch, tm
         assert "-m pocketmoe.quant.native --build" in native.why_missing()
     finally:
         native_library._load.cache_clear()
+
+
+def test_a_pool_that_cannot_be_had_is_an_error_before_the_library_reads_with_it():
+    class Library:
+        c = SimpleNamespace(pm_create=lambda threads, isa: None)
+
+    with (
+        pytest.raises(native_library.NativeError, match="no memory, or no threads"),
+        native_library.streaming(Library(), 0, 0),  # type: ignore[arg-type]
+    ):
+        pass
