@@ -273,13 +273,13 @@ def compare(
     """Replay all cases, `jobs` at a time (default: one per core), and yield their results in order."""
     jobs = min(jobs or os.cpu_count() or 1, len(cases))
     if jobs <= 1:  # where a Ctrl-C ends it at once
-        yield from (replay(requests, *case, per_layer, replayer) for case in cases)
+        yield from (replay(requests, *case, per_layer=per_layer, replayer=replayer) for case in cases)
     elif replayer is None:  # threads would take turns in Python
         with ProcessPoolExecutor(jobs, initializer=_prepare, initargs=(requests,)) as pool:
             yield from pool.map(_replay_prepared, cases, repeat(per_layer))
     else:
         with ThreadPoolExecutor(jobs) as pool:
-            yield from pool.map(lambda case: replay(requests, *case, per_layer, replayer), cases)
+            yield from pool.map(lambda case: replay(requests, *case, per_layer=per_layer, replayer=replayer), cases)
 
 
 _prepared: list[Requests] = []
