@@ -23,7 +23,7 @@ class Admissions:
     """
 
     def __init__(self, cache: ExpertCache, below: ExpertCache, uploads: Uploads, record_bytes: int) -> None:
-        self._cache, self._uploads = cache, uploads
+        self._cache, self._below, self._uploads = cache, below, uploads
         self.renewal = Renewal(cache, below)
         self.renewal.read_s = record_bytes / _DISK
 
@@ -37,6 +37,7 @@ class Admissions:
             self._uploads.start(expert, admission.slot)
         except BaseException:
             self._cache.abandon(expert)
+            self._below.promote(expert)  # which is the only place where it lies
             raise
         self._cache.arrived(expert)  # for whoever computes it later on: the kernel waits, not the caller
 

@@ -65,3 +65,19 @@ def test_no_copy_pushes_somebody_worth_more_out_to_the_disk():
     assert {expert.index for expert in world.cache.residents()} == {5, 2}
     assert len(world.on_cpu.calls) == LAYERS
     world.check()
+
+
+def test_who_could_not_be_copied_is_not_the_first_to_leave_ram(monkeypatch):
+    world = World(slots=LAYERS * TOP_K, costs=FREE)
+    for _ in range(20):
+        say(world, 5, 2)
+
+    def fails(expert, slot):
+        raise OSError("no more copies")
+
+    monkeypatch.setattr(world.runtime.uploads, "start", fails)
+    with pytest.raises(OSError, match="no more copies"):
+        say(world, 5, 1)
+    left_out = ExpertId(0, 1)
+    assert left_out not in world.cache and left_out in world.ram.cache
+    assert not world.ram.cache.is_transient(left_out)
