@@ -97,8 +97,10 @@ class SelfTest:
         if self.gain is None:
             return None
         times = f"{self.tests} test{'' if self.tests == 1 else 's'} on and off"
-        share = f"{100 * abs(self.gain):.0f} %"
-        found = f"{share} of a token's time {'saved' if self.gain >= 0 else 'lost'} by it"
+        share = round(100 * abs(self.gain))
+        found = (
+            f"{share} % of a token's time {'saved' if self.gain >= 0 else 'lost'} by it" if share else "no difference"
+        )
         return f"{'On' if self._on else 'Switched itself off'} after {times}: {found}."
 
 

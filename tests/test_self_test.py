@@ -59,6 +59,13 @@ def test_a_difference_below_the_margin_or_in_the_noise_changes_nothing(seed):
     assert Bench(0.002, noise=0.03, seed=seed).run(SelfTest.first + TEST).tested.on
 
 
+def test_where_nothing_is_gained_or_lost_it_says_that():
+    tested = SelfTest()
+    for _ in range(SelfTest.first + TEST):
+        tested.step(0.02, 5)
+    assert tested.state == "On after 1 test on and off: no difference."
+
+
 def test_it_is_tried_again_and_comes_back_when_it_has_become_worth_it():
     bench = Bench(0.005).run(SelfTest.first + TEST)
     assert not bench.tested.on
