@@ -80,12 +80,12 @@ def advise(
 
     Returns:
         None where there is too little to go by: fewer than ENOUGH_TOKENS tokens on record, no slots known or fewer than
-        its tokens need, or a policy that is not known here, as in a file of another version.
+        they need, or a policy that is not known here, as in a file of another version.
     """
     history, slots, total, policy = run.history, run.slots, run.total_experts, run.policy
     if history is None or history.tokens < ENOUGH_TOKENS or not (slots and total):
         return None
-    if policy not in policy_names() or slots < history.layers * history.top_k:
+    if policy not in policy_names() or not 0 < history.layers * history.top_k <= min(slots, total):
         return None
     replays = _Replays(history, replayer or PlainReplayer())
     latest = list(run.pace)[-replays.tokens :]

@@ -75,8 +75,9 @@ def test_no_policy_is_better_than_the_optimum_and_lru_is_not_shown_twice():
 def test_too_little_to_go_by_is_no_advice():
     assert advise(a_run(ENOUGH_TOKENS), DISK) is None, "the first token needs no step"
     assert advise(a_run(ENOUGH_TOKENS + 1), DISK) is not None
-    unknown = ("slots", None), ("total_experts", None), ("policy", None), ("history", None)
-    for name, value in (*unknown, ("policy", "of another version"), ("slots", LAYERS * TOP_K - 1)):
+    too_few = LAYERS * TOP_K - 1
+    damaged = ("policy", "of another version"), ("slots", too_few), ("total_experts", too_few)
+    for name, value in (*((name, None) for name in ("slots", "total_experts", "policy", "history")), *damaged):
         run = a_run()
         setattr(run, name, value)
         assert advise(run, DISK) is None
