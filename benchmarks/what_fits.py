@@ -1,6 +1,6 @@
 """The table of docs/what-fits.md: published models on usual machines, planned from their config.json alone.
 
-python -m benchmarks.what_fits > docs/what-fits.md        under a minute; no weights, no network, no GPU
+python -m benchmarks.what_fits > docs/what-fits.md        about two minutes; no weights, no network, no GPU
 """
 
 from __future__ import annotations
