@@ -101,7 +101,7 @@ def check_version(on_notice: OnNotice | None = None) -> None:
 
 
 def read_config(path: Path) -> Any:
-    """The transformers config of a directory. Raises DataError for remote code and unknown model types."""
+    """A directory's config. Raises DataError for remote code and unknown types, ValueError for nonsense."""
     file = path / "config.json"
     if not file.is_file():
         raise DataError(f"{path} has no config.json: it is neither a checkpoint nor a store")

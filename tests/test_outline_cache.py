@@ -11,8 +11,10 @@ import platformdirs
 import pytest
 import tiny
 from pocketmoe.cli.plan import as_data
-from pocketmoe.offload import outline_reader
+from pocketmoe.offload import outline_cache, outline_reader
 from pocketmoe.offload.estimate import Rates
+from pocketmoe.offload.outline import Outline
+from pocketmoe.offload.outline_cache import Known, OutlineCache
 from pocketmoe.offload.survey import survey
 
 RATES = Rates(40e9, 3.5e9, 300e9)
@@ -81,6 +83,16 @@ def test_what_is_damaged_is_found_again_and_replaced(config, found, content):
     assert plan(config) == plan(config)
     assert len(found) == 2
     assert plan(config)["formats"] == whole["formats"]
+
+
+def test_of_too_many_the_oldest_goes(config, fresh, monkeypatch):
+    monkeypatch.setattr(outline_cache, "_MOST", 2)
+    plan(config)
+    known = Known(Outline.of_json(json.loads(kept()[0].read_text())["outline"]), program=1)
+    caches = [OutlineCache(config, number=number) for number in range(3)]
+    for cache in caches:
+        cache.write(known)
+    assert [cache.read() for cache in caches] == [None, known, known]
 
 
 def test_where_nothing_can_be_kept_plans_are_made_all_the_same(config, found, monkeypatch):
