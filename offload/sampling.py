@@ -65,9 +65,9 @@ def read_generation_config(path: Path) -> tuple[Sampling, set[int]]:
     Without a generation_config.json, config.json says what ends an answer, as in transformers."""
     file, config = path / "generation_config.json", path / "config.json"
     if not file.is_file():
-        return Sampling(), _ends(_read_json(config)) if config.is_file() else set()
+        return Sampling(), _ends(config, _read_json(config)) if config.is_file() else set()
     raw = _read_json(file)
-    ends = _ends(raw)
+    ends = _ends(file, raw)
     if raw.get("do_sample") is False:
         return Sampling(temperature=0.0, repetition_penalty=raw.get("repetition_penalty") or 1.0), ends
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -77,16 +77,22 @@ def read_generation_config(path: Path) -> tuple[Sampling, set[int]]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} is damaged ({error}); remove it or download it again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file} is damaged (it holds no settings); remove it or download it again")
+    return content
 
 
-def _ends(config: dict[str, Any]) -> set[int]:
-    eos = config.get("eos_token_id")
-    if eos is None:
-        eos = (config.get("text_config") or {}).get("eos_token_id")
-    return {int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None}
+def _ends(file: Path, config: dict[str, Any]) -> set[int]:
+    eos, text = config.get("eos_token_id"), config.get("text_config")
+    if eos is None and isinstance(text, dict):
+        eos = text.get("eos_token_id")
+    ends = [end for end in (eos if isinstance(eos, list) else [eos]) if end is not None]
+    if not all(isinstance(end, int) for end in ends):
+        raise DataError(f"{file}: eos_token_id is {eos!r}, expected the number of a token or a list of them")
+    return set(ends)
 
 
 class Sampler:

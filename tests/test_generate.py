@@ -265,6 +265,14 @@ def test_without_generation_config_what_ends_an_answer_is_in_config_json(content
     assert read_generation_config(tmp_path) == (Sampling(), {3, 4})
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [[2]]}'])
+def test_nonsense_about_ends_names_the_file(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"/{name}"):
+        read_generation_config(tmp_path)
+
+
 def test_sampling_runs_on_as_few_threads_as_a_single_token(monkeypatch):
     threads = []
     monkeypatch.setattr("torch.set_num_threads", threads.append)
