@@ -1,6 +1,6 @@
 """What the expert cache's bookkeeping costs per layer and token, in microseconds. No bytes move.
 
-    python benchmarks/cache_bookkeeping.py [--policy lru] [--tokens 100]
+    python benchmarks/cache_bookkeeping.py [--policy lru] [--tokens 100] [--plain]
 
 One layer-step is what decoding does for one MoE layer: lookup of top-k experts, lock, admit and arrive for each miss,
 unlock; and one tick per token. The shape is that of Qwen3-30B-A3B (48 layers, 128 experts, top-8).
@@ -17,9 +17,10 @@ from itertools import accumulate
 
 from pocketmoe.cache.manager import ExpertCache
 from pocketmoe.cache.policy import get_policy, policy_names
+from pocketmoe.offload.eviction import make_policy
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
-CYCLE = LAYERS * TOP_K
+CYCLE, SHAPE = LAYERS * TOP_K, [EXPERTS] * LAYERS
 
 
 def routing(kind: str, tokens: int, rng: random.Random) -> list[list[list[int]]]:
@@ -62,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", choices=policy_names(), help="only this one (default: all)")
     parser.add_argument("--tokens", type=int, default=100, help="measured, after as many to warm up (default 100)")
+    parser.add_argument("--plain", action="store_true", help="without the native library")
     args = parser.parse_args()
     print(f"{LAYERS} layers x {EXPERTS} experts, top-{TOP_K}; medians over {args.tokens} tokens")
     print(f"{'policy':7} {'slots':>6} {'routing':9} {'hits':>6} {'us/layer-step':>14} {'p90':>6}")
@@ -69,7 +71,8 @@ def main() -> None:
         tokens = routing(kind, 2 * args.tokens, random.Random(0))
         for name in [args.policy] if args.policy else policy_names():
             for capacity in (CYCLE, CYCLE + 16, 1536, 3072, LAYERS * EXPERTS):
-                cache = ExpertCache(capacity, get_policy(name, capacity, CYCLE), LAYERS, TOP_K)
+                policy = get_policy(name, capacity, CYCLE) if args.plain else make_policy(name, capacity, CYCLE, SHAPE)
+                cache = ExpertCache(capacity, policy, LAYERS, TOP_K)
                 run(cache, tokens[: args.tokens])
                 micros, hits = run(cache, tokens[args.tokens :])
                 cache.check_integrity(idle=True)

@@ -1,178 +1,221 @@
 """Our own eviction policy: Belady's rule on an estimate of the next use, part of which is what followed similar tokens.
 
 A token that chooses much the same experts as an earlier one is mostly followed by what followed that one, too: analog
-forecasting, as Lorenz named it in 1969. So each token is compared with the latest WINDOW, and the NEAREST vote with the
-experts of their next tokens. An expert's pace, in uses per token, is what `forecast` makes of its uses alone, and VOTE
-times its share of the votes; its next use is expected 1 / pace tokens after its layer's turn.
+forecasting, as Lorenz named it in 1969. So at each layer's turn the present token is compared with the latest WINDOW:
+by what it has chosen so far, which counts twice, and where it has not chosen yet by what the token before it chose. The
+NEAREST vote with the experts that the layer chose in their next tokens. An expert's pace, in uses per token, is what
+`forecast` makes of its uses alone, and VOTE times its share of the votes; its next use is expected 1 / pace tokens
+after its layer's turn, and the estimates hold until the next one.
 
-When a token is done, the next turns of all layers are estimated at once; a layer's estimates hold from its turn to its
-next one. The constants were chosen on every second sequence of a collection of gpt-oss-20b routing and tested on the
-others (docs/notes/cache-policies.md); none of them is critical.
+The constants were chosen on every second sequence of a collection of gpt-oss-20b routing and tested on the others
+(docs/notes/cache-policies.md); none of them is critical.
 """
 
 from __future__ import annotations
 
-from array import array
-from bisect import insort
-from collections.abc import Iterator, Sequence
-from math import exp, sqrt
-from typing import Any
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
+from math import exp, inf, sqrt
+from operator import itemgetter
+from typing import Any, Protocol
 
 import numpy as np
 
 from .expert import ExpertId
 from .forecast import DOUBT, HALF_LIFE, SPAN
-from .order import Order, Ranked
+from .order import Ranked
 
 WINDOW, NEAREST, VOTE = 512, 8, 2.0  # tokens, tokens, uses per token where all agree
-COMPARED = 128  # experts of a token, at most
-AFTER = np.arange(2, 6)  # which tokens after a similar one vote: the first after it is like the one that comes now
-WEIGHTS = 0.5 ** np.arange(len(AFTER))
-FADE = 2.0 ** (-1 / HALF_LIFE)
-ROOM = 512  # columns that are added at once
+AHEAD = 4  # tokens after a similar one that vote, each half as much as the one before
+SHARPNESS = 1.5  # of the weights, by experts in common
+UNIT = 1 << 20  # a vote of the nearest: votes are whole numbers, which add up to the same in any order
+NEVER = -1e6
 INSTANT = 1e-6  # tokens between two requests: no two are at the same time
 Array = np.ndarray[Any, Any]
-Turn = tuple[float, "array[float]"]
-"""A token, and by column how soon after it each expert is expected: minus the tokens until then."""
+_EXPERT = np.dtype([("rank", float), ("uses", float), ("last", float), ("share", float), ("used", np.uint8, (WINDOW,))])
 
 
-class Lookback:
-    """The experts of the latest tokens, and what came after those that were most like the last.
+class Estimates(Protocol):
+    """When each resident is expected to be used next: its rank is minus that token. Experts are indices of a layer."""
 
-    An expert is a column number, from 1; 0 is none. `cycle`: the experts of one token.
-    """
+    def use(self, layer: int, experts: Sequence[int]) -> bool:
+        """These distinct experts, at least one, are chosen in this token, and resident. Whether that began the layer's
+        turn, which gives all its residents new ranks."""
+        ...
 
-    def __init__(self, cycle: int) -> None:
-        self._chosen = np.zeros((WINDOW, cycle), np.intp)  # a ring
-        self._used = np.zeros((0, WINDOW), np.uint8)  # the same by expert: 1 where it was chosen
-        self._tokens = 0
-        self._stride = -(-cycle // COMPARED) or 1
-        sharpness = 2.0 / sqrt(cycle // self._stride or 1)  # overlaps spread like the root of what can overlap
-        self._weights = np.array([exp(-sharpness * fewer) for fewer in range(COMPARED + 1)])
+    def leave(self, layer: int, expert: int) -> None:
+        """It is not resident any more. Raises KeyError if it was not."""
+        ...
 
-    def shares(self, chosen: Array, columns: int) -> Array:
-        """A token has chosen these: each expert's share, 0 to 1, of the votes for what comes after the next one."""
-        self._add(chosen, columns)
-        now = (self._tokens - 1) % WINDOW
-        likeness = self._used[chosen[:: self._stride]].sum(axis=0, dtype=np.uint16)
-        likeness[[now, now - 1]] = 0  # nothing that votes has come after them
-        nearest = np.argsort(likeness, kind="stable")[-NEAREST:]
-        alike = likeness[nearest]
-        weights = self._weights[alike[-1] - alike] * (alike > 0)
-        known = ((now - nearest) % WINDOW)[:, None] >= AFTER
-        votes = weights[:, None] * WEIGHTS * known
-        voters = self._chosen[(nearest[:, None] + AFTER) % WINDOW]
-        total = votes.cumsum()[-1]  # in this order, as `Lookback` in csrc/analog.h has it
-        each = np.repeat(votes / max(total, 1e-9), self._chosen.shape[1])
-        return np.bincount(voters.ravel(), each, columns)
+    def after(self, layer: int, expert: int = -1) -> tuple[int, float] | None:
+        """Who comes next in the order of ranks, the lowest expert first of equals, and that rank; the first of all
+        where no expert is given. None after the last."""
+        ...
 
-    def _add(self, chosen: Array, columns: int) -> None:
-        if columns > len(self._used):
-            self._used = np.concatenate([self._used, np.zeros((columns - len(self._used), WINDOW), np.uint8)])
-        now = self._tokens % WINDOW
-        self._used[self._chosen[now], now] = 0
-        self._chosen[now] = 0
-        self._chosen[now, : len(chosen)] = chosen
-        self._used[chosen, now] = 1
-        self._tokens += 1
+    def layers(self) -> Iterable[int]:
+        """Those who may have residents."""
+        ...
+
+    def tick(self) -> None:
+        """One token is done."""
+        ...
 
 
-class Estimates:
-    """How soon each expert is expected to be used. Experts are numbered as they come: their columns, from 1."""
-
-    def __init__(self, cycle: int) -> None:
-        self.experts = [ExpertId(-1, -1)]  # by column; 0 is none
-        self.columns: dict[ExpertId, int] = {}
-        self.now: Turn = 0.0, array("d")  # for who is not chosen in this token
-        self._chosen = array("d")  # the same for who is
-        self._used: list[int] = []  # in this token
-        self._cycle = cycle
-        self._lookback = Lookback(cycle)
-        self._count = self._last = np.zeros(0)  # decayed uses, and the token of the last one
-
-    def use(self, experts: Sequence[ExpertId]) -> Turn:
-        """These are chosen in this token. Returns the token."""
-        (_, soon), chosen, used, columns = self.now, self._chosen, self._used, self.columns
-        for expert in experts:
-            column = columns[expert]
-            soon[column] = INSTANT * len(used) + chosen[column]
-            used.append(column)
-        return self.now
-
-    def end_token(self) -> None:
-        chosen, token = np.array(self._used, np.intp), self.now[0]
-        votes = 0.0
-        if 0 < len(chosen) <= self._cycle:  # more are those of a prompt, which is like no token
-            votes = VOTE * self._lookback.shares(chosen, len(self._count))
-        self._count *= FADE
-        self._count[chosen] += 1.0
-        self._last[chosen] = token + INSTANT * np.arange(len(chosen))
-        later = self._count * FADE + DOUBT
-        self._chosen = _soon((later + 1.0) / SPAN + votes)
-        self.now = token + 1.0, _soon(later / (SPAN * np.sqrt(token + 2.0 - self._last)) + votes)
-        self._used = []
-
-    def number(self, expert: ExpertId) -> int:
-        """A column for an expert that was never used."""
-        if len(self.experts) >= len(self._count):
-            size = len(self._count) + ROOM
-            for soon, unused in (self.now[1], -1e6), (self._chosen, -1.0 / ((1.0 + DOUBT) / SPAN)):
-                soon.extend([unused] * (size - len(soon)))  # what an interruption left is made whole
-            new = np.zeros(ROOM), np.full(ROOM, -1e6)
-            self._count, self._last = map(np.concatenate, zip((self._count, self._last), new, strict=True))
-        self.experts.append(expert)
-        self.columns[expert] = column = len(self.experts) - 1
-        return column
-
-
-def _soon(paces: Array) -> array[float]:
-    """Uses per token as minus the tokens until the next. An array, because a list of floats takes longer to make."""
-    return array("d", (-1.0 / paces).tobytes())
-
-
-class Analog(Order[list[int]]):
+class Analog:
     """The expert whose next use is expected last leaves first: of each layer as its latest turn expected it."""
 
-    def __init__(self, capacity: int = 0, cycle: int = 0) -> None:
-        super().__init__()  # a layer is a list of columns
-        self._estimates = Estimates(cycle)
-        self._turns: dict[int, Turn] = {}  # each layer's latest
-        self._unsorted: set[int] = set()
+    def __init__(self, capacity: int = 0, cycle: int = 0, estimates: Estimates | None = None) -> None:
+        self.stale: set[int] = set()
+        self.estimates = estimates or PlainEstimates(cycle)
 
     def insert(self, expert: ExpertId) -> None:
-        layer, estimates = expert[0], self._estimates
-        column = estimates.columns.get(expert) or estimates.number(expert)
-        turn = estimates.use((expert,))
-        if self._turns.get(layer) is not turn:
-            self._turn(layer, turn)
-        if layer in self._unsorted:
-            self._layers.setdefault(layer, []).append(column)
-        else:
-            insort(self._layers[layer], column, key=turn[1].__getitem__)
+        layer, index = expert
+        if self.estimates.use(layer, (index,)):
+            self.stale.add(layer)
 
     def touch(self, experts: Sequence[ExpertId]) -> None:
         if experts:
-            self._turn(experts[0][0], self._estimates.use(experts))
+            layer = experts[0][0]
+            self.estimates.use(layer, [index for _, index in experts])
+            self.stale.add(layer)
 
     def remove(self, expert: ExpertId) -> None:
-        self._layers[expert[0]].remove(self._estimates.columns[expert])
+        self.estimates.leave(*expert)
         self.stale.add(expert[0])
+
+    def victims(self, layer: int | None = None) -> Iterator[Ranked]:
+        if layer is None:
+            yield from heapq.merge(*map(self.victims, self.estimates.layers()), key=itemgetter(1))
+            return
+        after = self.estimates.after
+        place = after(layer)
+        while place is not None:
+            index, rank = place
+            yield ExpertId(layer, index), rank
+            place = after(layer, index)
 
     def resize(self, capacity: int) -> None:
         pass
 
     def tick(self) -> None:
-        self._estimates.end_token()
+        self.estimates.tick()
 
-    def _turn(self, layer: int, turn: Turn) -> None:
-        self._turns[layer] = turn
-        self._unsorted.add(layer)
-        self.stale.add(layer)
 
-    def _of_layer(self, layer: int) -> Iterator[Ranked]:
-        (token, soon), order, experts = self._turns[layer], self._layers[layer], self._estimates.experts
-        if layer in self._unsorted:
-            order.sort(key=soon.__getitem__)
-            self._unsorted.remove(layer)
-        for column in order:
-            yield experts[column], soon[column] - token
+class PlainEstimates:
+    """The reference, in Python: `Estimates` in csrc/estimates.h does the same.
+
+    Args:
+        cycle: experts of one token. Tokens with more are those of a prompt, which is like no token.
+    """
+
+    def __init__(self, cycle: int) -> None:
+        self._cycle = cycle
+        self._sharpness = SHARPNESS / sqrt(max(cycle, 1))  # overlaps spread like the root of what can overlap
+        self._layers: dict[int, _Layer] = {}
+        self._likeness = np.zeros(WINDOW, np.uint16)  # experts in common with each of the latest tokens
+        self._tokens = 0  # that were remembered
+        self._token, self._used = 0.0, 0  # the present one, and how many experts it has used
+
+    def use(self, layer: int, experts: Sequence[int]) -> bool:
+        of, token = self._layers.get(layer) or self._layers.setdefault(layer, _Layer()), self._token
+        of.make_room(max(experts) + 1)
+        known = of.experts
+        begins = of.turn != token
+        if begins:  # the layer counts with what it chooses in this token, no longer with what it chose in the last
+            self._likeness -= of.then
+            known["uses"] *= 2.0 ** ((of.turn - token) / HALF_LIFE)
+            of.turn = token
+        chosen = [expert for expert in experts if known["last"][expert] < token]
+        alike = known["used"][chosen].sum(axis=0, dtype=np.uint16)
+        of.now += alike
+        self._likeness += 2 * alike
+        of.chosen += chosen
+        known["uses"][chosen] += 1.0
+        if begins:
+            self._estimate(known)
+        every = list(experts)  # numpy takes a tuple for dimensions
+        instants = INSTANT * np.arange(self._used, self._used + len(every))
+        known["last"][every] = token + instants
+        known["rank"][every] = instants - _wait(known[every], SPAN) - token
+        self._used += len(every)
+        return begins
+
+    def leave(self, layer: int, expert: int) -> None:
+        ranks = self._ranks(layer)
+        if expert >= len(ranks) or ranks[expert] == inf:
+            raise KeyError(expert)
+        ranks[expert] = inf
+
+    def after(self, layer: int, expert: int = -1) -> tuple[int, float] | None:
+        ranks = self._ranks(layer)
+        if expert >= 0:
+            earlier = (ranks < ranks[expert]) | (ranks == ranks[expert]) & (np.arange(len(ranks)) <= expert)
+            ranks = np.where(earlier, inf, ranks)
+        first = int(ranks.argmin()) if len(ranks) else 0
+        return None if not len(ranks) or ranks[first] == inf else (first, float(ranks[first]))
+
+    def layers(self) -> Iterable[int]:
+        return tuple(self._layers)
+
+    def tick(self) -> None:
+        if self._used:
+            self._remember(as_token=self._used <= self._cycle)
+        self._token, self._used = self._token + 1.0, 0
+
+    def _ranks(self, layer: int) -> Array:
+        return self._layers[layer].experts["rank"] if layer in self._layers else np.zeros(0)
+
+    def _estimate(self, known: Array) -> None:
+        """New shares for all, new ranks for the residents, none of them chosen."""
+        votes = self._votes()
+        voters = np.flatnonzero(votes)
+        known["share"] = known["used"][:, voters] @ votes[voters] / max(votes.sum(), 1)
+        ages = self._token - known["last"]
+        ranks = -_wait(known, SPAN * np.sqrt(ages + 1.0)) - self._token
+        known["rank"][:] = np.where(known["rank"] == inf, inf, ranks)
+
+    def _votes(self) -> Array:
+        """How much each of the latest tokens counts for what comes next."""
+        now = self._tokens % WINDOW
+        order = self._likeness.astype(np.int64) * WINDOW + np.arange(WINDOW)  # of equals the one that is later in it
+        order[[now, now - 1]] = 0  # nothing has come after them
+        nearest = order[np.argpartition(order, -NEAREST)[-NEAREST:]].tolist()
+        votes = np.zeros(WINDOW, np.int64)
+        for alike, at in (divmod(token, WINDOW) for token in nearest if token >= WINDOW):
+            each = round(UNIT * exp(-self._sharpness * (max(nearest) // WINDOW - alike)))
+            for ahead in range(1, min(AHEAD, (now - at - 1) % WINDOW) + 1):
+                votes[(at + ahead) % WINDOW] += each << (AHEAD - ahead)
+        return votes
+
+    def _remember(self, as_token: bool) -> None:
+        now = self._tokens % WINDOW
+        for layer in self._layers.values():
+            if as_token:
+                layer.experts["used"][:, now] = 0
+                layer.experts["used"][layer.chosen, now] = 1
+            layer.then = np.roll(layer.now, 1) if as_token else np.zeros(WINDOW, np.uint16)
+            layer.now, layer.chosen = np.zeros(WINDOW, np.uint16), []
+        self._likeness = sum((layer.then for layer in self._layers.values()), np.zeros(WINDOW, np.uint16))
+        self._tokens += as_token
+
+
+def _wait(known: Array, span: Array | float) -> Array:
+    """Tokens until the next use, of which one in `span` is expected for each past one."""
+    return span / (known["uses"] + DOUBT + VOTE * known["share"] * span)
+
+
+class _Layer:
+    """What is known of a layer's experts, by index, as far as they were used."""
+
+    def __init__(self) -> None:
+        self.experts = np.zeros(0, _EXPERT)  # `used`: 1 where one of the latest tokens has chosen it; the tokens a ring
+        self.chosen: list[int] = []  # in this token
+        self.now = self.then = np.zeros(WINDOW, np.uint16)  # experts in common in this token, and in the one before
+        self.turn = -1.0  # the token of the latest
+
+    def make_room(self, count: int) -> None:
+        if count > len(self.experts):
+            new = np.zeros(count + len(self.experts), _EXPERT)
+            new["rank"], new["last"] = inf, NEVER
+            new[: len(self.experts)] = self.experts
+            self.experts = new

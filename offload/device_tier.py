@@ -10,7 +10,6 @@ import torch
 
 from ..cache.hybrid import Cost, TierCosts
 from ..cache.manager import ExpertCache
-from ..cache.policy import get_policy
 from ..cache.units import format_bytes
 from ..quant.codecs import ExpertShape
 from ..quant.kernels import ExpertJob, ExpertKernels, ResidentKernels
@@ -19,6 +18,7 @@ from .config import OffloadConfig
 from .device import Device, TorchDevice, default_device
 from .device_runtime import DeviceRuntime
 from .errors import VramBudgetError
+from .eviction import make_policy
 from .placement import LEAVE_FREE, VramNeeds, VramPlan, plan_vram
 from .runtime import ExpertRuntime
 from .source import OnNotice
@@ -101,7 +101,8 @@ def make_device_runtime(
                 f"{device.name} has room for {slots.capacity:,} of the {plan.slots:,} expert slots that were planned"
             )
         floor = max(1, min(top_k, slots.capacity // layers))
-        cache = ExpertCache(slots.capacity, get_policy(config.policy, slots.capacity, layers * floor), layers, floor)
+        policy = make_policy(config.policy, slots.capacity, layers * floor, experts)
+        cache = ExpertCache(slots.capacity, policy, layers, floor)
         costs = measure_costs(device, slots, ram, kernels[0], hidden[0])
         runtime = DeviceRuntime(device, cache, slots, ram, kernels, experts, costs, config.deterministic)
         runtime.stats.link_peak = record / costs.copy.each if costs.copy.each else None

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ..cache.manager import ExpertCache
-from ..cache.policy import get_policy
 from ..cache.stats import RunStats
 from ..quant.triton_kernels import load_triton
 from . import hf, memory
@@ -19,6 +18,7 @@ from .device import Device, memory_errors
 from .device_runtime import DeviceRuntime
 from .device_tier import make_device_runtime, open_device, warm_up
 from .errors import DataError, UsageError, VramBudgetError
+from .eviction import make_policy
 from .experts import make_device_kernels, make_kernels, open_pool
 from .foresight import foresee
 from .generate import Chunk, Completion, Sequence, stream_answer
@@ -133,12 +133,12 @@ class Model:
             io=store.io,
             store=str(self.path.resolve()),
         )
+        experts = [layer.num_experts for layer in layers]
         try:
-            policy = get_policy(config.policy, plan.slots, needs.floor)
+            policy = make_policy(config.policy, plan.slots, needs.floor, experts)
         except ValueError as error:
             raise UsageError(str(error)) from None
         slots = RamSlots(plan.slots, store.record_bytes)
-        experts = [layer.num_experts for layer in layers]
         table = RamTable(slots, experts)
         cache = ExpertCache(plan.slots, policy, len(layers), max(layer.top_k for layer in layers), table)
         transfers = ThreadedTransfers(store, self._stats, config.readers)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import native_build
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 
 class NativeError(RuntimeError):
@@ -55,6 +55,11 @@ _FUNCTIONS = {
     "pm_combine": ((_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER), _INT),
     "pm_replay": ((_POINTER, ctypes.c_char_p, _SIZE, _POINTER), _INT),
     "pm_lru_depths": ((_POINTER, _POINTER), _INT),
+    "pm_estimates_create": ((_INT, _POINTER, _SIZE, _POINTER), _POINTER),
+    "pm_estimates_destroy": ((_POINTER,), None),
+    "pm_estimates_use": ((_POINTER, _INT, _POINTER, _SIZE), _INT),
+    "pm_estimates_after": ((_POINTER, _INT, _INT), _INT),
+    "pm_estimates_tick": ((_POINTER,), _INT),
     "pm_stream": ((_POINTER, _POINTER, _POINTER, _SIZE), ctypes.c_uint64),
 }
 

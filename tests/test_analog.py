@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
-import pytest
-from pocketmoe.cache.analog import Lookback
+from pocketmoe.cache.analog import Analog
 from pocketmoe.cache.policy import get_policy
 from pocketmoe.cache.replay import Requests, replay
 from pocketmoe.cache.trace import DECODE, Trace
 from test_policy_contract import ids, serve
 
 
-def test_what_came_two_tokens_after_a_similar_one_has_the_most_votes_and_what_came_later_half_as_many_each():
-    lookback = Lookback(cycle=2)
-    for chosen in ([1, 2], [3, 4], [5, 6], [7, 8], [1, 3], [2, 4]):
-        lookback.shares(np.array(chosen), 9)
-    votes = lookback.shares(np.array([1, 2]), 9)
-    assert votes[5] == votes[6] == votes.max()
-    assert votes[7] == pytest.approx(votes[5] / 2, rel=0.1)
-    assert votes.sum() == pytest.approx(2)  # a vote is for all experts of a token
+def run(tokens: Iterable[Sequence[Sequence[int]]], cycle: int) -> Analog:
+    """All stay resident. The last token is not over."""
+    policy = get_policy("analog", 1000, cycle)
+    assert isinstance(policy, Analog)
+    for number, token in enumerate(tokens):
+        if number:
+            policy.tick()
+        for layer, experts in enumerate(token):
+            policy.estimates.use(layer, experts)
+    return policy
 
 
-def test_without_a_similar_token_nobody_has_a_vote():
-    lookback = Lookback(cycle=2)
-    for chosen in ([1, 2], [3, 4], [5, 6], [7, 8]):
-        votes = lookback.shares(np.array(chosen), 9)
-    assert not votes.any()
+def leaving(policy: Analog, layer: int) -> list[int]:
+    return [expert.index for expert, _ in policy.victims(layer)]
 
 
-def test_old_tokens_are_forgotten_and_columns_may_grow():
-    lookback = Lookback(cycle=1)
-    for token in range(2000):
-        votes = lookback.shares(np.array([1 + token % 5]), 6 + token)
-    assert (votes.argmax(), len(votes)) == (2, 2005)  # the last was 5, and 1 comes next
+def test_who_came_after_a_similar_token_stays_longest_and_who_came_later_leaves_before():
+    policy = run([[[1, 2]], [[3, 4]], [[5, 6]], [[7, 8]], [[1, 2]]], cycle=2)
+    assert leaving(policy, 0) == [1, 2, 7, 8, 5, 6, 3, 4]
+
+
+def test_without_a_similar_token_the_oldest_leave_first():
+    policy = run([[[1, 2]], [[3, 4]], [[5, 6]], [[7, 8]]], cycle=2)
+    assert leaving(policy, 0) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_old_tokens_are_forgotten_and_there_may_always_be_new_experts():
+    policy = run(([[token % 5], [token]] for token in range(1500)), cycle=2)
+    assert leaving(policy, 0)[-1] == 0  # the last was 4
+    assert sorted(leaving(policy, 1)) == list(range(1500))
+
+
+def test_a_layer_learns_from_what_the_token_has_chosen_in_the_layers_before():
+    """Layer 1 chooses 4, and in the next token 5 if layer 0 chose 0 beside that 4, but 6 if it chose 1."""
+    pairs = {0: [[[0], [4]], [[2], [5]]], 1: [[[1], [4]], [[3], [6]]]}
+    kinds = np.random.default_rng(0).integers(2, size=40).tolist()
+    past = [token for kind in kinds for token in pairs[kind]]
+    for kind, (first, second) in pairs.items():
+        assert leaving(run([*past, first], cycle=2), 1)[-1] == second[1][0], kind
 
 
 def periodic(tokens: int, period: int) -> Trace:

@@ -15,7 +15,7 @@
 #endif
 
 // Raised whenever a structure or a signature below changes; quant/native_library.py refuses another number.
-#define PM_ABI_VERSION 5
+#define PM_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -235,6 +235,24 @@ PM_API int32_t pm_replay(const pm_requests* requests, const char* policy, int64_
 // least-recently-used eviction; then, and where it never is, 0. Experts that are chosen together count as used one after
 // the other. Takes no context.
 PM_API int32_t pm_lru_depths(const pm_requests* requests, int32_t* depths);
+
+// How soon experts are expected to be used, as cache/analog.py describes. `experts` [layers]: how many each layer has;
+// `cycle`: those of one token. `ranks` [sum of experts]: kept by the caller, INFINITY for who is not resident, which the
+// caller writes and pm_estimates_use replaces. NULL: out of memory. One call at a time. Takes no context.
+typedef struct pm_estimates pm_estimates;
+PM_API pm_estimates* pm_estimates_create(int32_t layers, const int32_t* experts, int64_t cycle, double* ranks);
+PM_API void pm_estimates_destroy(pm_estimates* estimates);
+
+// Distinct experts of a layer are chosen in this token, and resident. Returns 1 where that begins the layer's turn, else
+// 0, or minus an error code.
+PM_API int32_t pm_estimates_use(pm_estimates* estimates, int32_t layer, const int32_t* experts, int64_t count);
+
+// Who of the layer comes after `expert` in the order of ranks, the lowest expert first of equals; -1 after the last.
+// `expert` negative: who is first.
+PM_API int32_t pm_estimates_after(const pm_estimates* estimates, int32_t layer, int32_t expert);
+
+// One token is done.
+PM_API int32_t pm_estimates_tick(pm_estimates* estimates);
 
 #ifdef __cplusplus
 }

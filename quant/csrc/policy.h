@@ -34,6 +34,9 @@ class Policy {
 
     virtual void insert(int32_t expert) = 0;
     virtual void touch(int32_t expert) = 0;
+    virtual void touch_all(const std::vector<int32_t>& hits) {  // of one layer
+        for (const int32_t expert : hits) touch(expert);
+    }
     virtual void remove(int32_t expert) { set_key(expert, ABSENT); }
     virtual void tick() {}
 
@@ -60,6 +63,7 @@ class Policy {
         mark_stale(layer_of(expert));
     }
     double key(int32_t expert) const { return keys_[expert]; }
+    double* keys() { return keys_.data(); }
     int32_t layer_of(int32_t expert) const { return expert / pool_.experts; }
     int32_t first_of(int32_t layer) const { return layer * pool_.experts; }
 

@@ -23,11 +23,10 @@ class Cache {
 
     // Requests the experts of one layer in one token; returns how many were missing.
     int32_t serve(int32_t layer, const std::vector<int32_t>& step) {
+        hits_.clear();
         missing_.clear();
-        for (const int32_t expert : step) {
-            if (policy_.holds(expert)) policy_.touch(expert);
-            else missing_.push_back(expert);
-        }
+        for (const int32_t expert : step) (policy_.holds(expert) ? hits_ : missing_).push_back(expert);
+        policy_.touch_all(hits_);
         if (missing_.empty()) return 0;
         lock(layer, step, true);
         for (const int32_t expert : missing_) {
@@ -71,7 +70,7 @@ class Cache {
     int64_t free_;
     std::vector<uint8_t> locked_;  // by expert
     std::vector<Layer> layers_;
-    std::vector<int32_t> missing_;
+    std::vector<int32_t> hits_, missing_;
 };
 
 // The steps of one sequence, one after the other.

@@ -1,0 +1,203 @@
+// How soon each expert is expected to be used: see cache/analog.py. Operations are in the order of the Python, so that
+// both round alike; votes are whole numbers, which add up to the same in any order.
+#ifndef POCKETMOE_ESTIMATES_H
+#define POCKETMOE_ESTIMATES_H
+
+#include <algorithm>
+#include <cmath>
+
+#include "forecast.h"
+
+namespace pm {
+
+class Estimates {
+   public:
+    // `ranks`: by expert, layer after layer, ABSENT for who is not resident; the owner's, who may make any ABSENT.
+    Estimates(const std::vector<int32_t>& experts, int64_t cycle, double* ranks)
+        : cycle_(cycle), sharpness_(SHARPNESS / std::sqrt(static_cast<double>(std::max<int64_t>(cycle, 1)))), likeness_(WINDOW, 0) {
+        for (const int32_t count : experts) {
+            layers_.emplace_back(ranks, count);
+            ranks += count;
+        }
+    }
+
+    // Residents of a layer are chosen in this token. Returns whether that began the layer's turn.
+    bool use(int32_t index, const int32_t* experts, int64_t count) {
+        Layer& layer = layers_[index];
+        const bool begins = layer.turn != token_;
+        if (begins) enter(layer);
+        for (int64_t i = 0; i < count; i++)
+            if (layer.last[experts[i]] < token_) choose(layer, experts[i]);
+        if (begins) estimate(layer);
+        for (int64_t i = 0; i < count; i++) {
+            const int32_t expert = experts[i];
+            const double instant = INSTANT * static_cast<double>(used_++);
+            layer.last[expert] = token_ + instant;
+            layer.ranks[expert] = instant - wait(layer, expert, SPAN) - token_;
+        }
+        return begins;
+    }
+
+    void tick() {
+        if (used_ > 0) remember(used_ <= cycle_);
+        token_ += 1.0;
+        used_ = 0;
+    }
+
+    // Who of the layer comes after `expert` in the order of ranks, the lowest expert first of equals; -1 after the last.
+    // `expert` negative: who is first.
+    int32_t after(int32_t layer, int32_t expert) const {
+        const double* const ranks = layers_[layer].ranks;
+        const double before = expert < 0 ? -ABSENT : ranks[expert];
+        double least = ABSENT;
+        int32_t next = -1;
+        for (int32_t other = 0; other < layers_[layer].experts; other++) {
+            if (!(ranks[other] < least) || ranks[other] < before) continue;
+            if (ranks[other] == before && other <= expert) continue;
+            least = ranks[other], next = other;
+        }
+        return next;
+    }
+
+    bool has(int32_t layer, int32_t expert) const {
+        return layer >= 0 && layer < static_cast<int32_t>(layers_.size()) && expert >= 0 &&
+               expert < layers_[layer].experts;
+    }
+
+   private:
+    static constexpr int64_t WINDOW = 512, NEAREST = 8, AHEAD = 4;  // tokens
+    static constexpr double VOTE = 2.0, SHARPNESS = 1.5, NEVER = -1e6;
+    static constexpr double UNIT = 1 << 20;  // a vote of the nearest
+    static constexpr uint16_t TWICE = 2;     // counts what this token has chosen
+
+    struct Layer {
+        Layer(double* ranks, int32_t experts) : ranks(ranks), experts(experts) {}
+
+        double* ranks;
+        int32_t experts;
+        double turn = -1.0;                        // the token of the latest
+        std::vector<double> uses, last, shares;    // by expert: decayed uses, the latest, and the share of the votes
+        std::vector<uint8_t> used;                 // [experts, WINDOW]: 1 where it was chosen
+        std::vector<std::vector<int32_t>> latest;  // the same by token: a ring
+        std::vector<int32_t> chosen;               // in this token
+        std::vector<uint16_t> now, then;           // [WINDOW]: experts in common in this token, and in the one before
+    };
+
+    struct Similar {
+        int32_t alike;
+        int64_t at;
+        bool operator<(const Similar& other) const {
+            return alike != other.alike ? alike < other.alike : at < other.at;
+        }
+    };
+
+    // From now on the layer counts with what it chooses in this token, no longer with what it chose in the last.
+    void enter(Layer& layer) {
+        if (layer.latest.empty()) {  // memory only for layers that are used
+            const size_t experts = layer.experts;
+            layer.uses.assign(experts, 0.0);
+            layer.last.assign(experts, NEVER);
+            layer.shares.assign(experts, 0.0);
+            layer.used.assign(experts * WINDOW, 0);
+            layer.now.assign(WINDOW, 0);
+            layer.then.assign(WINDOW, 0);
+            layer.latest.resize(WINDOW);
+        }
+        for (int64_t at = 0; at < WINDOW; at++) likeness_[at] -= layer.then[at];
+        const double kept = left_of_use(token_ - std::exchange(layer.turn, token_));
+        for (double& uses : layer.uses) uses *= kept;
+    }
+
+    void choose(Layer& layer, int32_t expert) {
+        const uint8_t* const used = &layer.used[expert * WINDOW];
+        for (int64_t at = 0; at < WINDOW; at++) {
+            layer.now[at] += used[at];
+            likeness_[at] += TWICE * used[at];
+        }
+        layer.chosen.push_back(expert);
+        layer.uses[expert] += 1.0;
+    }
+
+    // Of those who are not chosen in this turn.
+    void estimate(Layer& layer) {
+        vote(layer);
+        for (int32_t expert = 0; expert < layer.experts; expert++) {
+            if (layer.ranks[expert] == ABSENT) continue;
+            const double age = token_ - layer.last[expert];
+            layer.ranks[expert] = -wait(layer, expert, SPAN * std::sqrt(age + 1.0)) - token_;
+        }
+    }
+
+    // Tokens until the next use, of which one in `span` is expected for each past one.
+    static double wait(const Layer& layer, int32_t expert, double span) {
+        return span / (layer.uses[expert] + DOUBT + VOTE * layer.shares[expert] * span);
+    }
+
+    // Each expert's share, 0 to 1, of the votes for what comes next.
+    void vote(Layer& layer) {
+        int64_t total = 0;
+        votes_.assign(layer.experts, 0);
+        const std::vector<Similar> nearest = find_nearest();
+        for (const Similar& token : nearest) {
+            if (token.alike == 0) continue;
+            const double weight = std::exp(-sharpness_ * (nearest.back().alike - token.alike));
+            const int64_t votes = std::llround(UNIT * weight);
+            const int64_t known = (tokens_ - token.at - 1 + WINDOW) % WINDOW;  // tokens after it
+            for (int64_t ahead = 1; ahead <= std::min(AHEAD, known); ahead++) {
+                const int64_t each = votes << (AHEAD - ahead);
+                total += each;
+                for (const int32_t expert : layer.latest[(token.at + ahead) % WINDOW]) votes_[expert] += each;
+            }
+        }
+        const double all = static_cast<double>(std::max<int64_t>(total, 1));
+        for (int32_t expert = 0; expert < layer.experts; expert++)
+            layer.shares[expert] = static_cast<double>(votes_[expert]) / all;
+    }
+
+    // Of all tokens those most like this one, the most like it last.
+    std::vector<Similar> find_nearest() const {
+        const int64_t now = tokens_ % WINDOW, before = (now + WINDOW - 1) % WINDOW;
+        std::vector<Similar> nearest(NEAREST, Similar{0, -1});
+        for (int64_t at = 0; at < WINDOW; at++) {
+            const Similar token = {likeness_[at], at};
+            if (!(nearest.front() < token) || at == now || at == before) continue;  // nothing has come after those
+            const auto place = std::lower_bound(nearest.begin(), nearest.end(), token);
+            std::move(nearest.begin() + 1, place, nearest.begin());
+            *(place - 1) = token;
+        }
+        return nearest;
+    }
+
+    // The token joins the latest ones, unless it is a prompt, which is like no token.
+    void remember(bool as_token) {
+        const int64_t now = tokens_ % WINDOW;
+        std::fill(likeness_.begin(), likeness_.end(), uint16_t{0});
+        for (Layer& layer : layers_) {
+            if (layer.latest.empty()) continue;
+            if (as_token) {
+                for (const int32_t expert : layer.latest[now]) layer.used[expert * WINDOW + now] = 0;
+                for (const int32_t expert : layer.chosen) layer.used[expert * WINDOW + now] = 1;
+                layer.latest[now] = layer.chosen;
+                std::rotate_copy(layer.now.begin(), layer.now.end() - 1, layer.now.end(), layer.then.begin());
+            } else {
+                std::fill(layer.then.begin(), layer.then.end(), uint16_t{0});
+            }
+            std::fill(layer.now.begin(), layer.now.end(), uint16_t{0});
+            layer.chosen.clear();
+            for (int64_t at = 0; at < WINDOW; at++) likeness_[at] += layer.then[at];
+        }
+        tokens_ += as_token;
+    }
+
+    const int64_t cycle_;
+    const double sharpness_;  // overlaps spread like the root of what can overlap
+    std::vector<Layer> layers_;
+    std::vector<uint16_t> likeness_;  // [WINDOW]: experts in common with this token and, in other layers, the last
+    std::vector<int64_t> votes_;      // of one layer
+    int64_t tokens_ = 0;              // that were remembered
+    int64_t used_ = 0;                // experts in this token
+    double token_ = 0.0;
+};
+
+}  // namespace pm
+#endif
