@@ -68,11 +68,14 @@ def read_generation_config(path: Path) -> tuple[Sampling, set[int]]:
         return Sampling(), _ends(config, _read_json(config)) if config.is_file() else set()
     raw = _read_json(file)
     ends = _ends(file, raw)
-    if raw.get("do_sample") is False:
-        return Sampling(temperature=0.0, repetition_penalty=raw.get("repetition_penalty") or 1.0), ends
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    options = {name: raw.get(name) for name in names} | {"max_tokens": raw.get("max_new_tokens")}
-    return Sampling().with_options(**options), ends
+    try:
+        if raw.get("do_sample") is False:
+            return Sampling(temperature=0.0, repetition_penalty=raw.get("repetition_penalty") or 1.0), ends
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        options = {name: raw.get(name) for name in names} | {"max_tokens": raw.get("max_new_tokens")}
+        return Sampling().with_options(**options), ends
+    except (UsageError, TypeError) as error:
+        raise DataError(f"{file} cannot be used: {error}") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

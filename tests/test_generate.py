@@ -267,9 +267,16 @@ def test_without_generation_config_what_ends_an_answer_is_in_config_json(content
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("content", ["[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [[2]]}'])
-def test_nonsense_about_ends_names_the_file(name, content, tmp_path):
+def test_nonsense_about_what_ends_an_answer_names_the_file(name, content, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=rf"/{name}"):
+        read_generation_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"temperature": "hot"}', '{"top_k": -3}'])
+def test_nonsense_about_sampling_names_the_file(content, tmp_path):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(DataError, match=r"generation_config\.json cannot be used"):
         read_generation_config(tmp_path)
 
 
