@@ -66,7 +66,7 @@ def test_who_is_not_resident_cannot_leave_and_who_does_not_exist_cannot_come():
     for layer, expert in ((0, 7), (0, -1), (4, 0), (-1, 0)):
         with pytest.raises(NativeError, match="bad argument"):
             estimates.use(layer, [expert])
-    assert all(estimates.after(layer) is None for layer in estimates.layers())
+    assert all(estimates.after(layer) is None for layer in (*estimates.layers(), 4, -1))
 
 
 def test_a_running_model_has_compiled_estimates_where_there_is_the_library(monkeypatch):

@@ -28,7 +28,8 @@ int32_t pm_estimates_use(pm_estimates* estimates, int32_t layer, const int32_t* 
 }
 
 int32_t pm_estimates_after(const pm_estimates* estimates, int32_t layer, int32_t expert) {
-    return estimates->estimates.after(layer, expert);
+    const bool exists = estimates->estimates.has(layer, std::max(expert, 0));
+    return exists ? estimates->estimates.after(layer, expert) : -1;
 }
 
 int32_t pm_estimates_tick(pm_estimates* estimates) try {

@@ -14,7 +14,9 @@ class Estimates {
    public:
     // `ranks`: by expert, layer after layer, ABSENT for who is not resident; the owner's, who may make any ABSENT.
     Estimates(const std::vector<int32_t>& experts, int64_t cycle, double* ranks)
-        : cycle_(cycle), sharpness_(SHARPNESS / std::sqrt(static_cast<double>(std::max<int64_t>(cycle, 1)))), likeness_(WINDOW, 0) {
+        : cycle_(cycle),
+          sharpness_(SHARPNESS / std::sqrt(static_cast<double>(std::max<int64_t>(cycle, 1)))),
+          likeness_(WINDOW, 0) {
         for (const int32_t count : experts) {
             layers_.emplace_back(ranks, count);
             ranks += count;
@@ -44,8 +46,8 @@ class Estimates {
         used_ = 0;
     }
 
-    // Who of the layer comes after `expert` in the order of ranks, the lowest expert first of equals; -1 after the last.
-    // `expert` negative: who is first.
+    // Who of the layer comes after `expert` in the order of ranks, the lowest expert first of equals; -1 after the
+    // last. `expert` negative: who is first.
     int32_t after(int32_t layer, int32_t expert) const {
         const double* const ranks = layers_[layer].ranks;
         const double before = expert < 0 ? -ABSENT : ranks[expert];
