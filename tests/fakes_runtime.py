@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 import threading
+from importlib import import_module
 
 import torch
 from pocketmoe.cache.expert import ExpertId
@@ -62,7 +63,7 @@ class Interruption:
     """Raises KeyboardInterrupt before line number `at` of those that this thread executes in some of our files."""
 
     def __init__(self, files: tuple[str, ...], at: int) -> None:
-        self._files = {str(sys.modules[f"pocketmoe.{name}"].__file__) for name in files}
+        self._files = {str(import_module(f"pocketmoe.{name}").__file__) for name in files}
         self._left = at
         self.happened = False
 
