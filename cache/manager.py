@@ -198,8 +198,8 @@ class ExpertCache:
     def abandon(self, expert: ExpertId) -> None:
         """The read of the arriving `expert` failed or was cancelled: its slot is free again. Locks on it stay."""
         assert expert in self._arriving, f"{expert} is not arriving"
-        self._arriving.remove(expert)
         self._free.append(self._release(expert))
+        self._arriving.remove(expert)  # last: where the books were torn, it must not pass for one that has arrived
 
     def demote(self, expert: ExpertId) -> None:
         """Put a resident expert among the first to leave: it is to be had elsewhere, too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from ..cache.expert import ExpertId, Lookup
@@ -92,6 +93,7 @@ class Reads:
                         self._transfers.wait_any((ticket,))
                 except Exception:
                     pass  # the first error is already on its way to the user
-            self._cache.abandon(expert)
+            with suppress(AssertionError, LookupError):  # books that an interruption has torn: `recover` sees to them
+                self._cache.abandon(expert)
         self._cache.unlock(tuple(self._locked))
         self._locked.clear()
