@@ -33,7 +33,7 @@ def keep_run(stats: RunStats) -> Path:
     """
     folder, now = runs_folder(), time.time()
     store = hashlib.sha256(os.fsencode(stats.store or "")).hexdigest()[:8]
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now)) + f"-{int(now % 1 * 1000):03}"
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now)) + f"-{int(now % 1 * 1e6):06}"
     path = folder / f"{stamp}-{os.getpid()}-{store}.json"
     stats.finished_at = now
     try:
