@@ -80,7 +80,8 @@ class Renewal:
     def stays(self, expert: ExpertId, costs: TierCosts) -> bool:
         """Whether an absent expert that is copied to be computed should keep the slot: whoever leaves for it is in RAM
         as well, or worth less."""
-        return not self._loses(expert) or self._gain(expert, costs) > 0
+        victim = self._cache.next_victim(expert.layer)
+        return not self._is_lost(victim) or self._gain(expert, victim, costs) > 0
 
     def uploads(
         self, experts: Iterable[ExpertId], costs: TierCosts, link_busy: float, soon: float = 0.0
@@ -97,7 +98,8 @@ class Renewal:
         for expert in self._worth.ordered(experts):
             if not room:
                 break
-            if worth_uploading(soon + self._gain(expert, costs), costs, busy):
+            gain = self._gain(expert, self._cache.next_victim(expert.layer), costs)
+            if worth_uploading(soon + gain, costs, busy):
                 room -= 1
                 yield expert
 
@@ -114,12 +116,10 @@ class Renewal:
                 self._below.demote(expert)
         return admission
 
-    def _gain(self, expert: ExpertId, costs: TierCosts) -> float:
-        """Hits, also below 0, that giving an absent expert the next victim's slot is expected to bring."""
-        victim = self._cache.next_victim(expert.layer)
-        return self._worth.gain(expert, victim, costs.dearness(self.read_s) if self._loses(expert) else 1.0)
+    def _gain(self, expert: ExpertId, victim: ExpertId | None, costs: TierCosts) -> float:
+        """Hits, also below 0, that giving an absent expert the victim's slot is expected to bring."""
+        return self._worth.gain(expert, victim, costs.dearness(self.read_s) if self._is_lost(victim) else 1.0)
 
-    def _loses(self, expert: ExpertId) -> bool:
-        """Whether whoever would leave VRAM for it is not in RAM either."""
-        victim = self._cache.next_victim(expert.layer)
+    def _is_lost(self, victim: ExpertId | None) -> bool:
+        """Whether somebody leaves VRAM who is not in RAM either."""
         return victim is not None and self._below is not None and victim not in self._below

@@ -83,16 +83,18 @@ def read_outline(
         else usual_formats(plain, packable, dtype, shapes.kept_codec, shapes.shipped, format_of(manifest, dtype))
     )
 
+    def has_kernels(on_gpu: bool) -> bool:
+        return gpu_kernels if on_gpu else native
+
     @cache
     def form(packed: bool, on_gpu: bool) -> tuple[hf.Skeleton, Workspace, KvGrowth]:
         in_float = packed and not on_gpu and dtype != torch.float32
         skeleton = shapes.build(torch.float32) if in_float else plain
-        has_kernels = gpu_kernels if on_gpu else native
-        workspace, kv_dtype = foresee(skeleton, has_kernels, packed, options.kv, not on_gpu)
+        workspace, kv_dtype = foresee(skeleton, has_kernels(on_gpu), packed, options.kv, not on_gpu)
         return skeleton, workspace, shapes.guard(_kv_growth, skeleton, options.prefill_chunk, kv_dtype)
 
     def side(manifest: Manifest, on_gpu: bool) -> Side:
-        packs = gpu_kernels if on_gpu else native
+        packs = has_kernels(on_gpu)
         skeleton, workspace, kv = form(packs and bool(manifest.trunk_packed), on_gpu)
         in_memory = trunk_bytes(manifest, skeleton, packs)
         return Side(in_memory, in_memory - _never_read(manifest, skeleton, packs), workspace, kv)
@@ -142,7 +144,7 @@ class _Shapes(NamedTuple):
 def _of_checkpoint(path: Path) -> _Shapes:
     """Those of a store, a checkpoint directory or a config.json."""
     directory = path if path.is_dir() else path.parent
-    if path.is_file() and path.name != "config.json":
+    if path.is_file() and path.name != CONFIG:
         raise UsageError(
             f"{path} is no config.json; give a checkpoint directory, a store, a GGUF file, or a file of that name"
         )

@@ -21,6 +21,14 @@ def say(world: World, *experts: int) -> None:
         assert torch.equal(world.run(layer, token), wanted(layer, token))
 
 
+def used_to(*experts: int) -> World:
+    """A world with slots for one cycle, in which these have been chosen for long."""
+    world = World(slots=LAYERS * TOP_K, costs=FREE)
+    for _ in range(20):
+        say(world, *experts)
+    return world
+
+
 @pytest.mark.parametrize("slow", [1.0, 3.0])
 def test_the_cpu_s_share_of_a_token_is_measured(slow, monkeypatch):
     world = World(device=SimulatedDevice(speeds=Speeds(host=1e-5)), costs=CPU_ONLY)
@@ -42,9 +50,7 @@ def test_the_cpu_s_share_of_a_token_is_measured(slow, monkeypatch):
 
 
 def test_who_has_to_be_copied_leaves_again_where_the_one_before_is_worth_more_and_lies_nowhere_else():
-    world = World(slots=LAYERS * TOP_K, costs=FREE)
-    for _ in range(20):
-        say(world, 5, 2)
+    world = used_to(5, 2)
     world.runtime.drain()
     world.ram.cache.clear()
     world.runtime.deterministic = True
@@ -55,9 +61,7 @@ def test_who_has_to_be_copied_leaves_again_where_the_one_before_is_worth_more_an
 
 
 def test_no_copy_pushes_somebody_worth_more_out_to_the_disk():
-    world = World(slots=LAYERS * TOP_K, costs=FREE)
-    for _ in range(20):
-        say(world, 5, 2)
+    world = used_to(5, 2)
     world.runtime.drain()
     world.ram.cache.clear()
     assert not world.on_cpu.calls
@@ -68,9 +72,7 @@ def test_no_copy_pushes_somebody_worth_more_out_to_the_disk():
 
 
 def test_who_could_not_be_copied_is_not_the_first_to_leave_ram(monkeypatch):
-    world = World(slots=LAYERS * TOP_K, costs=FREE)
-    for _ in range(20):
-        say(world, 5, 2)
+    world = used_to(5, 2)
 
     def fails(expert, slot):
         raise OSError("no more copies")
