@@ -9,7 +9,7 @@ from ..cache.expert import ExpertId
 from ..cache.manager import ExpertCache
 from ..cache.stats import RunStats
 from .tiers import RamSlots
-from .transfer import Ticket, Transfers
+from .transfer import Ticket, Transfers, Urgency
 
 
 class Prefetch(Protocol):
@@ -138,8 +138,8 @@ class Prefetcher:
             return
         self.evicted(admission.evicted)
         self._stats.record_prefetch(expert.layer, issued=1)
-        view, idle = self._slots.view(admission.slot), precision < self._worth
-        self._flying[expert] = self._transfers.fetch(expert, view, demand=False, idle=idle)
+        urgency = Urgency.AHEAD if precision >= self._worth else Urgency.IDLE
+        self._flying[expert] = self._transfers.fetch(expert, self._slots.view(admission.slot), urgency)
 
     def settle(self, layer: int, chosen: set[int]) -> None:
         for rank, index in self._guessed.pop(layer, ()):

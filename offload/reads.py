@@ -13,7 +13,7 @@ from ..cache.manager import ExpertCache
 from ..cache.stats import RunStats
 from .prefetch import Prefetch
 from .tiers import RamSlots
-from .transfer import Transfers
+from .transfer import Transfers, Urgency
 
 
 class RamTier(Protocol):
@@ -60,7 +60,7 @@ class Reads:
                 return
             self._prefetch.evicted(admission.evicted)
             self._waiting.popleft()
-            self._flying[expert] = self._transfers.fetch(expert, self._slots.view(admission.slot), demand=True)
+            self._flying[expert] = self._transfers.fetch(expert, self._slots.view(admission.slot), Urgency.DEMAND)
             self._cache.lock((expert,))
             self._locked.add(expert)
 

@@ -1,10 +1,11 @@
-"""Reads in flight: tickets, two priorities, cancel. Threads fill slots from the store while the caller computes."""
+"""Reads in flight: tickets, urgencies, cancel. Threads fill slots from the store while the caller computes."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Iterable
+from enum import IntEnum
 from typing import Protocol
 
 from ..cache.expert import ExpertId
@@ -28,17 +29,27 @@ class ReadObserver(Protocol):
     def read_failed(self) -> None: ...
 
 
+class Urgency(IntEnum):
+    """Why a record is read. Lower numbers go first."""
+
+    DEMAND = 0
+    """It is waited for."""
+    AHEAD = 1
+    """A guess: it will probably be waited for."""
+    IDLE = 2
+    """A poor guess: begins only while nothing else is read, one at a time."""
+    FILL = 3
+    """For a free slot. As idle reads, but they are many and none of them is wanted soon."""
+
+
 class Ticket:
     """One read. `done` becomes true when the bytes are there or `error` says why not."""
 
-    __slots__ = ("ahead", "cancelled", "demand", "done", "error", "expert", "fill", "idle", "started", "view")
+    __slots__ = ("ahead", "cancelled", "done", "error", "expert", "started", "urgency", "view")
 
-    def __init__(
-        self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False, fill: bool = False
-    ) -> None:
-        self.expert, self.view = expert, view
-        self.demand, self.idle, self.fill = demand, idle, fill
-        self.ahead = not demand  # began as a guess, even if it is waited for by now
+    def __init__(self, expert: ExpertId, view: memoryview, urgency: Urgency) -> None:
+        self.expert, self.view, self.urgency = expert, view, urgency
+        self.ahead = urgency is not Urgency.DEMAND  # began as a guess, even if it is waited for by now
         self.started = self.done = self.cancelled = False
         self.error: BaseException | None = None
 
@@ -46,10 +57,8 @@ class Ticket:
 class Transfers(Protocol):
     """The contract that `ThreadedTransfers` and its synchronous twin share."""
 
-    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False, fill: bool = False) -> Ticket:
-        """Start to read a record into `view`. Demand reads go before prefetches, and those before idle reads, which
-        begin one at a time and only while nothing else is read; reads that `fill` free slots are idle, and behind all
-        others, because they are many and none of them is wanted soon."""
+    def fetch(self, expert: ExpertId, view: memoryview, urgency: Urgency) -> Ticket:
+        """Start to read a record into `view`, behind the reads that are more urgent or as urgent and older."""
         ...
 
     def promote(self, ticket: Ticket) -> None:
@@ -84,11 +93,8 @@ class ThreadedTransfers:
     def __init__(self, reader: Reader, observer: ReadObserver, readers: int = 4, ahead: int = 2) -> None:
         self._reader, self._observer = reader, observer
         self._most_ahead, self._running_ahead = ahead, 0
-        self._demand: deque[Ticket] = deque()
-        self._ahead: deque[Ticket] = deque()
-        self._idle: deque[Ticket] = deque()
-        self._fill: deque[Ticket] = deque()
         self._running_demand = 0
+        self._queues: list[deque[Ticket]] = [deque() for _ in Urgency]
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # always `notify_all`: `notify` that a Ctrl-C cuts short leaves
         # the waiter that it has woken in the list, and the next one would take it for the reader it is to wake
@@ -98,27 +104,27 @@ class ThreadedTransfers:
         for thread in self._threads:
             thread.start()
 
-    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False, fill: bool = False) -> Ticket:
-        ticket = Ticket(expert, view, demand, idle, fill)
+    def fetch(self, expert: ExpertId, view: memoryview, urgency: Urgency) -> Ticket:
+        ticket = Ticket(expert, view, urgency)
         with self._lock:
             assert not self._closed, f"{expert} is asked for after close"
-            self._queue_of(ticket).append(ticket)
+            self._queues[urgency].append(ticket)
             self._work.notify_all()
         return ticket
 
     def promote(self, ticket: Ticket) -> None:
         with self._lock:
-            if not ticket.demand and not ticket.started and not ticket.cancelled:
-                self._queue_of(ticket).remove(ticket)
-                ticket.demand = True
-                self._demand.append(ticket)
+            if ticket.urgency is not Urgency.DEMAND and not ticket.started and not ticket.cancelled:
+                self._queues[ticket.urgency].remove(ticket)
+                ticket.urgency = Urgency.DEMAND
+                self._queues[Urgency.DEMAND].append(ticket)
                 self._work.notify_all()  # guesses may have left readers idle
 
     def cancel(self, ticket: Ticket) -> bool:
         with self._lock:
             if ticket.started or ticket.cancelled:
                 return False
-            self._queue_of(ticket).remove(ticket)
+            self._queues[ticket.urgency].remove(ticket)
             ticket.cancelled = True
             return True
 
@@ -149,13 +155,12 @@ class ThreadedTransfers:
     def _run(self) -> None:
         while True:
             with self._lock:
-                while (queue := self._next_queue()) is None:
+                while (ticket := self._next()) is None:
                     if self._closed:
                         return
                     self._work.wait()
-                ticket = queue.popleft()
                 ticket.started = True
-                guessed = queue is not self._demand
+                guessed = ticket.urgency is not Urgency.DEMAND
                 self._running_ahead += guessed
                 self._running_demand += not guessed
             _read(self._reader, self._observer, ticket)
@@ -164,30 +169,27 @@ class ThreadedTransfers:
                 self._running_ahead -= guessed
                 self._running_demand -= not guessed
                 self._finished.notify_all()
-                if (guessed and self._ahead) or self._idle or self._fill:
+                if (guessed and self._queues[Urgency.AHEAD]) or any(self._queues[Urgency.IDLE :]):
                     self._work.notify_all()
 
-    def _next_queue(self) -> deque[Ticket] | None:
-        if self._demand:
-            return self._demand
-        if self._running_ahead >= self._most_ahead:
+    def _next(self) -> Ticket | None:
+        urgency = next((urgency for urgency in Urgency if self._queues[urgency]), None)
+        if urgency is None or not self._may_begin(urgency):
             return None
-        if self._ahead:
-            return self._ahead
-        if self._running_demand or self._running_ahead:
-            return None
-        return self._idle or self._fill or None
+        return self._queues[urgency].popleft()
+
+    def _may_begin(self, urgency: Urgency) -> bool:
+        if urgency is Urgency.DEMAND:
+            return True
+        if urgency is Urgency.AHEAD:
+            return self._running_ahead < self._most_ahead
+        return not self._running_demand and not self._running_ahead
 
     def _drop_waiting(self) -> None:
-        for queue in (self._demand, self._ahead, self._idle, self._fill):
+        for queue in self._queues:
             for ticket in queue:
                 ticket.cancelled = True
             queue.clear()
-
-    def _queue_of(self, ticket: Ticket) -> deque[Ticket]:
-        if ticket.demand:
-            return self._demand
-        return self._fill if ticket.fill else self._idle if ticket.idle else self._ahead
 
 
 def _read(reader: Reader, observer: ReadObserver, ticket: Ticket) -> None:
@@ -207,15 +209,15 @@ class SyncTransfers:
     def __init__(self, reader: Reader, observer: ReadObserver) -> None:
         self._reader, self._observer = reader, observer
 
-    def fetch(self, expert: ExpertId, view: memoryview, demand: bool, idle: bool = False, fill: bool = False) -> Ticket:
-        ticket = Ticket(expert, view, demand, idle, fill)
+    def fetch(self, expert: ExpertId, view: memoryview, urgency: Urgency) -> Ticket:
+        ticket = Ticket(expert, view, urgency)
         ticket.started = True
         _read(self._reader, self._observer, ticket)
         ticket.done = True
         return ticket
 
     def promote(self, ticket: Ticket) -> None:
-        ticket.demand = True
+        ticket.urgency = Urgency.DEMAND
 
     def cancel(self, ticket: Ticket) -> bool:
         return False

@@ -8,7 +8,7 @@ from ..cache.expert import ExpertId
 from ..cache.manager import ExpertCache
 from .prefetch import Prefetch
 from .tiers import RamSlots
-from .transfer import Ticket, Transfers
+from .transfer import Ticket, Transfers, Urgency
 
 
 class WarmStart:
@@ -37,8 +37,7 @@ class WarmStart:
             assert admission is not None and admission.evicted is None, (expert, admission)
             places[expert] = admission.slot
         for expert in chosen:
-            view = self._slots.view(places[expert])
-            self._flying[expert] = self._transfers.fetch(expert, view, demand=False, fill=True)
+            self._flying[expert] = self._transfers.fetch(expert, self._slots.view(places[expert]), Urgency.FILL)
         self._done = True  # until slots are freed
 
     @property

@@ -11,7 +11,7 @@ from pocketmoe.cache.policy import get_policy
 from pocketmoe.cache.stats import RunStats
 from pocketmoe.offload.prefetch import NoPrefetch, Prefetcher
 from pocketmoe.offload.tiers import RamSlots
-from pocketmoe.offload.transfer import SyncTransfers, ThreadedTransfers, Ticket
+from pocketmoe.offload.transfer import SyncTransfers, ThreadedTransfers, Ticket, Urgency
 
 RECORD, CAPACITY, FLOOR = 4096, 6, 2
 
@@ -23,8 +23,8 @@ class ManualTransfers:
         self.tickets: dict[ExpertId, Ticket] = {}
         self.waits = 0
 
-    def fetch(self, expert, view, demand, idle=False, fill=False):
-        self.tickets[expert] = Ticket(expert, view, demand, idle, fill)
+    def fetch(self, expert, view, urgency):
+        self.tickets[expert] = Ticket(expert, view, urgency)
         return self.tickets[expert]
 
     def begin(self, *indices, layer=1):
@@ -38,7 +38,7 @@ class ManualTransfers:
             ticket.error = error
 
     def promote(self, ticket):
-        ticket.demand = True
+        ticket.urgency = Urgency.DEMAND
 
     def cancel(self, ticket):
         if not ticket.started:
@@ -107,7 +107,7 @@ def E(index, layer=1):
 
 def test_a_guess_that_arrives_in_time_is_a_hit_and_useful_once(bench):
     bench.prefetch.request(1, [3, 4])
-    assert bench.cache.is_arriving(E(3)) and bench.transfers.tickets[E(3)].demand is False
+    assert bench.cache.is_arriving(E(3)) and bench.transfers.tickets[E(3)].urgency is Urgency.AHEAD
     bench.transfers.finish(3, 4)
     bench.prefetch.settle(1, {3, 7})
     wanted = bench.cache.lookup(1, [3, 7])
@@ -131,7 +131,7 @@ def test_a_guess_that_is_still_on_its_way_is_late_and_its_read_is_taken_over(ben
     bench.prefetch.settle(1, {3})
     assert bench.cache.lookup(1, [3]).misses == (E(3),)
     ticket = bench.prefetch.claim(E(3))
-    assert ticket is bench.transfers.tickets[E(3)] and ticket.demand and ticket.ahead
+    assert ticket is bench.transfers.tickets[E(3)] and ticket.urgency is Urgency.DEMAND and ticket.ahead
     assert bench.outcomes() == {"issued": 1, "late": 1}
     bench.prefetch.drain()
     assert bench.transfers.waits == 0, "whoever claimed it waits for it"
@@ -198,26 +198,25 @@ def test_a_rank_that_is_often_wrong_waits_for_an_idle_disk_and_is_read_no_more_w
     bench = Bench()
 
     def guess(right):
-        """One token's guess of two experts, of which the second is or is not chosen; returns which were asked for,
-        and whether only for an idle disk."""
+        """One token's guess of two experts, of which the second is or is not chosen; returns which were asked for."""
         bench.transfers.tickets.clear()
         bench.prefetch.request(1, [8, 9])
-        asked = {expert.index: ticket.idle for expert, ticket in bench.transfers.tickets.items()}
+        asked = {expert.index: ticket.urgency for expert, ticket in bench.transfers.tickets.items()}
         bench.prefetch.settle(1, {8, 9} if right else {8, 7})
         bench.prefetch.drain()
         bench.cache.clear()
         return asked
 
-    assert guess(right=False) == {8: False, 9: False}
+    assert guess(right=False) == {8: Urgency.AHEAD, 9: Urgency.AHEAD}
     for _ in range(30):
         last = guess(right=False)
-    assert last == {8: False, 9: True}, "the first choice was always right, the second never"
+    assert last == {8: Urgency.AHEAD, 9: Urgency.IDLE}, "the first choice was always right, the second never"
     for _ in range(30):
         last = guess(right=False)
-    assert last == {8: False}
+    assert last == {8: Urgency.AHEAD}
     for _ in range(150):
         last = guess(right=True)
-    assert last == {8: False, 9: False}
+    assert last == {8: Urgency.AHEAD, 9: Urgency.AHEAD}
 
 
 def test_a_guess_never_takes_the_slot_of_a_locked_expert(bench):
@@ -331,7 +330,7 @@ def test_a_guess_that_failed_does_not_stop_the_demand_read_of_the_same_expert(th
     assert not bench.cache.is_arriving(missed)
     admission = bench.cache.admit(missed)
     assert admission is not None
-    ticket = transfers.fetch(missed, bench.slots.view(admission.slot), demand=True)
+    ticket = transfers.fetch(missed, bench.slots.view(admission.slot), Urgency.DEMAND)
     assert transfers.wait_any([ticket]) == [ticket]
     bench.cache.arrived(missed)
     assert set(bench.slots.record(admission.slot).tolist()) == {7}

@@ -18,7 +18,7 @@ from pocketmoe.offload.manifest import Manifest
 from pocketmoe.offload.popularity import FILE, Popularity
 from pocketmoe.offload.prefetch import NoPrefetch, Prefetcher
 from pocketmoe.offload.tiers import RamSlots
-from pocketmoe.offload.transfer import SyncTransfers
+from pocketmoe.offload.transfer import SyncTransfers, Urgency
 from pocketmoe.offload.warm_start import WarmStart
 from test_prefetch import CAPACITY, FLOOR, RECORD, ManualTransfers
 
@@ -112,7 +112,7 @@ MANY = [ExpertId(layer, index) for index in range(5) for layer in (1, 0)]
 def test_as_many_as_fit_are_read_the_most_wanted_first_and_leave_last():
     bench = Bench(*MANY)
     assert list(bench.transfers.tickets) == MANY[:CAPACITY]
-    assert all(ticket.fill and not ticket.demand for ticket in bench.transfers.tickets.values())
+    assert all(ticket.urgency is Urgency.FILL for ticket in bench.transfers.tickets.values())
     bench.transfers.finish(*range(3), layer=0)
     bench.transfers.finish(*range(3), layer=1)
     bench.warm.settle(0, {0})
@@ -140,7 +140,7 @@ def test_demand_takes_the_slots_of_the_least_wanted_that_are_not_being_read():
 def test_an_expert_on_its_way_is_claimed_by_who_needs_it():
     bench = Bench(*MANY)
     ticket = bench.warm.claim(B)
-    assert ticket.expert == B and ticket.demand
+    assert ticket.expert == B and ticket.urgency is Urgency.DEMAND
     bench.warm.drain()
     assert bench.arriving() == {B}
 
@@ -175,7 +175,7 @@ def test_guesses_go_on_meanwhile_and_are_settled_by_who_made_them():
     warm = WarmStart(inner, cache_bench.cache, cache_bench.slots, cache_bench.transfers, [])  # type: ignore[arg-type]
     warm.request(0, [2, 3])
     assert stats.total("prefetch_issued") == 2
-    assert warm.claim(ExpertId(0, 2)).demand
+    assert warm.claim(ExpertId(0, 2)).urgency is Urgency.DEMAND
     warm.settle(0, {2})
     assert stats.total("prefetch_cancelled") == 1
 
