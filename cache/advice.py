@@ -2,17 +2,19 @@
 
 The first half of the recorded tokens fills the cache, the second one is counted. Hits are those of the policy alone,
 so for the present setting they differ from the run's own by what prefetch has brought. Experts that the record shows
-for the first time count for nobody: whether they were resident is not known. Speeds are those of the cost model, each
-scaled by what the model is off at the present setting; both numbers of that are given.
+for the first time count for nobody: whether they were resident is not known. Speeds are those of the cost model: its
+work and its waiting, each scaled by what it is off there at the present setting. What it makes of that setting is given
+beside what was measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from .cost import Costs, DiskSpeed, seconds_per_token
+from .cost import Costs, DiskSpeed, TokenTime, time_per_token
+from .counters import Step
 from .history import History
 from .policy import policy_names
 from .replay import OPTIMUM, PlainReplayer, Replayer, chosen_of
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 ENOUGH_TOKENS = 200
 SIZES = (0.5, 0.75, 1.25, 1.5, 2.0, 4.0)
 """Times the slots of the run."""
+
+CREDIT = 0.1
+"""Share of a token's time that is taken to be waited for as the model says, so that a little waiting, foretold or not,
+does not change by a multiple what is said of much."""
 
 
 class Setting(NamedTuple):
@@ -95,10 +101,11 @@ def advise(
     requests, measured = sum(replays.requests), len(latest) / sum(step.seconds for step in latest)
     now = replays.misses(policy, slots)
 
-    def predict(misses: list[int]) -> float:
-        return 1 / seconds_per_token(replays.requests, misses, replays.layers, costs)
+    def predict(misses: list[int]) -> TokenTime:
+        return time_per_token(replays.requests, misses, replays.layers, costs)
 
-    predicted = predict(now)
+    own = predict(now)
+    slower, later = _errors(own, latest)
     budget = run.ram_budget_bytes
     needed = min(budget, run.peak_rss_bytes) if budget and run.peak_rss_bytes and slots >= total else budget
     # A budget that holds all experts may be far larger than what they take.
@@ -107,7 +114,8 @@ def advise(
         present = (name, size) == (policy, slots)
         misses = now if present else replays.misses(name, size)
         ram = budget if present else needed and needed + (size - slots) * run.record_bytes
-        speed = measured * predict(misses) / predicted
+        found = predict(misses)
+        speed = measured if present else 1 / (found.working * slower + found.waiting * later)
         return Setting(name, size, ram, 1 - sum(misses) / requests, speed, present)
 
     least = replays.layers * replays.floor
@@ -116,7 +124,16 @@ def advise(
         tokens=replays.tokens,
         warmup_tokens=history.tokens - replays.tokens,
         measured=measured,
-        predicted=predicted,
+        predicted=1 / own.seconds,
         policies=[setting(name, slots) for name in dict.fromkeys((policy, "lru", OPTIMUM))],
         budgets=[setting(policy, size) for size in sorted(sizes)],
     )
+
+
+def _errors(model: TokenTime, steps: Sequence[Step]) -> tuple[float, float]:
+    """Measured over modelled time of a token: work, waiting."""
+    measured = sum(step.seconds for step in steps) / len(steps)
+    waiting = sum(step.stall_s for step in steps) / len(steps)
+    credit = CREDIT * measured
+    working = (measured - waiting) / model.working if model.working else 1.0
+    return working, (waiting + credit) / (model.waiting + credit)

@@ -67,10 +67,13 @@ class Step(NamedTuple):
     seconds: float
     stall_s: float
     missing: int
+    missing_in: int
+    """The layers that `missing` were of, a bit each, the first layer's the lowest."""
 
 
-def count(notes: Iterable[Note], per_layer: Sequence[LayerStats], phase: PhaseStats) -> None:
-    """Add what layers did in `phase` to the counters."""
+def count(notes: Iterable[Note], per_layer: Sequence[LayerStats], phase: PhaseStats) -> int:
+    """Add what layers did in `phase` to the counters. Returns those that would miss without prefetch, as bits."""
+    missing_in = 0
     for layer, (hit, missed), late, prefetch_hits, kernels_s, layer_s, stall_s in notes:
         counters, hits, misses = per_layer[layer], len(hit), len(missed)
         counters.requests += hits + misses
@@ -81,10 +84,13 @@ def count(notes: Iterable[Note], per_layer: Sequence[LayerStats], phase: PhaseSt
         counters.stall_s += stall_s
         phase.requests += hits + misses
         phase.hits += hits
-        phase.missing += misses + prefetch_hits
+        if misses or prefetch_hits:
+            phase.missing += misses + prefetch_hits
+            missing_in |= 1 << layer
         phase.stall_s += stall_s
         phase.compute_s += kernels_s
         phase.layers_s += layer_s
+    return missing_in
 
 
 _IN_LAYER = "requests", "hits", "misses", "late", "prefetch_hits", "stall_s"

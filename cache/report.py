@@ -91,7 +91,7 @@ def _time_per_token(run: RunStats) -> dict[str, Any] | None:
     seconds = {
         "waiting": answer.stall_s,
         "experts": answer.compute_s,
-        "cache": layers - answer.stall_s - answer.compute_s,
+        "cache": max(0.0, layers - answer.stall_s - answer.compute_s),
         "trunk": forward - layers,
         "text": total - forward,
     }

@@ -14,7 +14,7 @@ from .expert import ExpertId
 from .history import History
 from .json_fields import of_kind, of_kinds
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MOST_STEPS = 1024  # of answers, whose pace is kept
 DESCRIPTION = {
     **dict.fromkeys(("slots", "total_experts", "ram_budget_bytes", "peak_rss_bytes"), int),
@@ -42,7 +42,9 @@ def read_saved(path: Path) -> dict[str, Any]:
         "per_layer": [filled(LayerStats, counters) for counters in data["per_layer"]],
         "prompt": filled(PhaseStats, data["phases"]["prompt"]),
         "answer": filled(PhaseStats, data["phases"]["answer"]),
-        "pace": deque((Step(*of_kinds("pace", one, float, float, int)) for one in data["pace"]), maxlen=MOST_STEPS),
+        "pace": deque(
+            (Step(*of_kinds("pace", one, float, float, int, int)) for one in data["pace"]), maxlen=MOST_STEPS
+        ),
         "uses": Counter({ExpertId(layer, index): count for layer, index, count in uses}),
         "residents": residents,
         "device": data["device"] and DeviceStats.from_dict(data["device"]),

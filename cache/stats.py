@@ -87,6 +87,8 @@ class RunStats:
         self._in_flight = 0
         self._in_flight_since = 0.0
         self._waited, self._missing = self.answer.stall_s, self.answer.missing
+        self._missing_in = 0
+        """Since the latest step."""
 
     # Recording
 
@@ -94,6 +96,7 @@ class RunStats:
         """What is recorded from now on belongs to `phase`."""
         with self._lock:
             self._count()
+            self._missing_in = 0
             self._phase = self.prompt if phase == "prompt" else self.answer
 
     def record(
@@ -126,7 +129,7 @@ class RunStats:
         notes = [self._notes.popleft() for _ in range(len(self._notes))]
         self._before = Before(notes, self.per_layer, self._phase), self.prompt.requests + self.answer.requests
         chosen = tuple(chain.from_iterable(chain.from_iterable(note[1] for note in notes)))
-        count(notes, self.per_layer, self._phase)
+        self._missing_in |= count(notes, self.per_layer, self._phase)
         self.uses.update(chosen)
         self._before = None
 
@@ -199,8 +202,8 @@ class RunStats:
             self._count()
             if steps:
                 waited, missing = self.answer.stall_s, self.answer.missing
-                self.pace.append(Step(seconds, waited - self._waited, missing - self._missing))
-                self._waited, self._missing = waited, missing
+                self.pace.append(Step(seconds, waited - self._waited, missing - self._missing, self._missing_in))
+                self._waited, self._missing, self._missing_in = waited, missing, 0
 
     # The whole
 
@@ -234,7 +237,7 @@ class RunStats:
                 self.device.reset()
             self.uses = Counter()
             self.pace.clear()
-            self._waited = self._missing = 0
+            self._waited = self._missing = self._missing_in = 0
             self.time_to_first_token_s = self.finish_reason = None
             self._in_flight_since = self.clock()
 

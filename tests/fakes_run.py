@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from itertools import accumulate
 
-from pocketmoe.cache.cost import Costs, DiskSpeed, seconds_per_token
+from pocketmoe.cache.cost import Costs, DiskSpeed, time_per_token
 from pocketmoe.cache.expert import ExpertId, Lookup
 from pocketmoe.cache.history import History
 from pocketmoe.cache.replay import misses_by_step
 from pocketmoe.cache.stats import RunStats
 
 LAYERS, EXPERTS, TOP_K, RECORD = 4, 16, 2, 2_000_000
-COSTS = Costs(rest=0.001, expert=0.0005, miss=0.0, read=0.002, latency=0.0)
+COSTS = Costs(rest=0.001, expert=0.0005, stop=0.0, miss=0.0, read=0.002, latency=0.0)
 DISK = DiskSpeed(bytes_per_s=1e9, read_s=0.002)
 
 
@@ -55,9 +55,10 @@ def a_run(
     for first in range(0, len(steps), LAYERS):
         requests = [TOP_K] * LAYERS
         misses = missed[first : first + LAYERS]
-        seconds = seconds_per_token(requests, misses, LAYERS, costs)
+        working, waiting = time_per_token(requests, misses, LAYERS, costs)
+        seconds = working + waiting
         compute = TOP_K * LAYERS * costs.expert
-        other = costs.rest * LAYERS + costs.miss * sum(misses)
+        other = working - compute
         for step, count in zip(steps[first : first + LAYERS], misses, strict=True):
             layer = step[0].layer
             run.record(layer, Lookup(step[count:], step[:count]), layer_s=(seconds - other) / LAYERS)
@@ -66,7 +67,7 @@ def a_run(
                 run.read_started()
                 clock.now += costs.read
                 run.read_finished(layer, RECORD)
-        run.record_stall(0, seconds - compute - other)
+        run.record_stall(0, waiting)
         run.record_compute(compute)
         run.record_answer(1, 1, seconds, forward_s=seconds - other / 2)
     run.residents = sorted({expert for step in steps[-LAYERS:] for expert in step})

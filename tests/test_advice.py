@@ -6,7 +6,7 @@ import pytest
 import tiny
 from fakes_run import COSTS, DISK, EXPERTS, LAYERS, RECORD, TOP_K, a_run, routing
 from pocketmoe.cache.advice import ENOUGH_TOKENS, Advice, advise
-from pocketmoe.cache.cost import Costs, seconds_per_token
+from pocketmoe.cache.cost import Costs, stops, time_per_token
 from pocketmoe.cache.expert import ExpertId
 from pocketmoe.cache.history import MOST_STEPS, History
 from pocketmoe.offload.disk_speed import measure_disk
@@ -19,7 +19,11 @@ def advice(**options) -> Advice:
     return found
 
 
-@pytest.mark.parametrize("costs", [COSTS, COSTS._replace(miss=0.0008), COSTS._replace(read=0.0002)])
+@pytest.mark.parametrize(
+    "costs",
+    [COSTS, COSTS._replace(miss=0.0008), COSTS._replace(stop=0.001), COSTS._replace(read=0.0002)],
+    ids=["waiting", "misses", "stops", "quick disk"],
+)
 @pytest.mark.parametrize("policy", ["lru", "forecast"])
 def test_what_is_said_of_another_budget_is_what_a_run_with_it_takes(policy, costs):
     disk = DISK._replace(bytes_per_s=RECORD / costs.read, read_s=costs.read)
@@ -89,22 +93,41 @@ def test_too_little_to_go_by_is_no_advice():
 
 
 def test_what_a_miss_costs_beside_waiting_is_read_off_the_tokens():
-    run = a_run(costs=COSTS._replace(miss=0.0008))
+    run = a_run(1000, costs=COSTS._replace(stop=0.0006, miss=0.0004))
     costs = Costs.of(run, DISK, list(run.pace))
     assert costs is not None
-    assert costs.miss == pytest.approx(0.0008, rel=0.05)
+    assert costs.stop == pytest.approx(0.0006, rel=0.1)
+    assert costs.miss == pytest.approx(0.0004, rel=0.1)
     assert costs.rest == pytest.approx(COSTS.rest, rel=0.05)
     assert costs.expert == pytest.approx(COSTS.expert)
 
 
 def test_reads_overlap_with_the_hits_and_with_what_prefetch_has_asked_for_earlier():
-    costs = Costs(rest=10, expert=1, miss=0, read=5, latency=0)
-    assert seconds_per_token([2, 2], [0, 0], 2, costs) == 24
-    assert seconds_per_token([2, 2], [1, 0], 2, costs) == 10 + 5 + 1 + 12
-    assert seconds_per_token([2, 2], [1, 0], 2, costs._replace(latency=2)) == 10 + 7 + 1 + 12
+    costs = Costs(rest=10, expert=1, stop=0, miss=0, read=5, latency=0)
+    assert time_per_token([2, 2], [0, 0], 2, costs) == (24, 0)
+    assert time_per_token([2, 2], [1, 0], 2, costs) == (24, 4), "two experts' time has passed when the read ends"
+    assert time_per_token([2, 2], [1, 0], 2, costs._replace(latency=2)) == (24, 6)
     ahead = costs._replace(ahead=1.0)
-    assert seconds_per_token([2, 2], [1, 0], 2, ahead) == 24, "10 before the layer are enough for one read"
-    assert seconds_per_token([2, 2], [1, 0], 2, ahead._replace(wrong=2.0)) == 15 + 1 + 12
+    assert time_per_token([2, 2], [1, 0], 2, ahead) == (24, 0), "10 before the layer are enough for one read"
+    assert time_per_token([2, 2], [1, 0], 2, ahead._replace(wrong=2.0)) == (24, 4)
+
+
+def test_a_layer_that_misses_slows_the_one_behind_it_and_with_prefetch_the_one_before():
+    token = [0, 0, 0, 1, 0, 0, 2]
+    assert [i for i, stopped in enumerate(stops(token, 7, ahead=False)) if stopped] == [3, 4, 6]
+    assert [i for i, stopped in enumerate(stops(token, 7, ahead=True)) if stopped] == [2, 3, 4, 5, 6]
+    two_tokens = [0, 0, 1, 1, 0, 0]
+    assert stops(two_tokens, 3, ahead=True) == [False, True, True, True, True, False], "tokens are apart"
+    costs = Costs(rest=10, expert=0, stop=3, miss=0, read=0, latency=0)
+    assert time_per_token([2] * 7, token, 7, costs).working == 7 * 10 + 3 * 3
+
+
+def test_a_run_without_variation_is_taken_to_cost_per_stop_and_miss_what_others_did():
+    run = a_run(slots=LAYERS * EXPERTS)
+    costs = Costs.of(run, DISK, list(run.pace)[-100:])
+    assert costs is not None
+    assert (costs.stop, costs.miss) == pytest.approx((0.4 * costs.read, 0.1 * costs.read))
+    assert costs.rest == pytest.approx(COSTS.rest)
 
 
 def test_a_forward_that_was_cut_short_counts_for_nothing():

@@ -60,6 +60,7 @@ def test_counters_of_a_run_add_up():
     assert stats.compute_s == pytest.approx(1.0)
     assert (stats.answer.missing, stats.answer.bytes_read) == (400, 400 * RECORD)
     assert [step.missing for step in stats.pace] == [4] * 100
+    assert [step.missing_in for step in stats.pace] == [0b11] * 100
     assert sum(step.stall_s for step in stats.pace) == pytest.approx(2)
     assert [layer["hits"] for layer in data["per_layer"]] == [600, 600]
 
@@ -244,7 +245,7 @@ def test_a_file_of_something_else_is_refused_in_one_sentence_with_its_name(tmp_p
         {"uses": [[-1, 0, 4], [1, 0, 4]]},
         {"residents": [[9, 0]]},
         {"residents": [[0, "0"]]},
-        {"pace": [[0.1, float("nan"), 1]]},
+        {"pace": [[0.1, float("nan"), 1, 1]]},
         {"history": {"layers": 3, "top_k": 1, "experts": ""}},
     ],
     ids=str,

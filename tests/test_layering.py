@@ -110,7 +110,7 @@ def test_parts_are_never_imported_by_their_bare_folder_names(path):
 @pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "cache"], ids=lambda path: path.name)
 def test_the_cache_needs_no_torch_and_other_libraries_only_where_they_are_due(path):
     foreign = {name[0] for name in imports(path)} - {"pocketmoe", "__future__"} - sys.stdlib_module_names
-    with_numpy = {"analog", "trace", "replay", "routing"}
+    with_numpy = {"analog", "cost", "trace", "replay", "routing"}
     assert foreign <= ({"numpy"} if path.stem in with_numpy else {"rich"} if path.stem == "report_text" else set())
 
 
