@@ -15,7 +15,7 @@ def answer_lines(before: RunStats, after: RunStats) -> tuple[str, str]:
     facts = (
         f"{tokens:,} token{'' if tokens == 1 else 's'}",
         rate(steps / seconds if seconds else None),
-        f"first token {in_seconds(after.time_to_first_token_s)}",
+        f"first token {in_seconds(after.time_to_first_token_s if tokens else None)}",
         f"hits {in_percent((new.hits - old.hits) / requests if requests else None)}",
         f"waiting {in_percent((new.stall_s - old.stall_s) / seconds if seconds else None, 0)}",
     )

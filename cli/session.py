@@ -24,15 +24,19 @@ if TYPE_CHECKING:
 HELP = {
     "/?": "this list (also /help)",
     "/clear": "forget the conversation; the system prompt stays",
-    "/set": "show the settings; /set NAME VALUE changes one, as /set temperature 0.7, /set system TEXT, /set stats on",
+    "/set": "show the settings; /set NAME VALUE changes one: /set temperature 0.7",
     "/stats": "the report on speed, reads and memory so far",
     "/save": "save the conversation: /save FILE",
     "/load": "go on with a saved conversation: /load FILE",
     "/bye": "leave (also Ctrl-D)",
 }
-KEYS = 'Ctrl-C stops an answer, twice leaves. """ begins and ends a message of several lines.'
+KEYS = 'Ctrl-C stops an answer, twice leaves. """ stands around a message of several lines.'
 DOUBLE_PRESS_S = 1.0  # so soon after stopping an answer, a second Ctrl-C leaves
 FULL_CONTEXT = "/clear begins anew, and --context N gives more room at the next start."
+
+
+class _Leave(Exception):
+    """`/bye`."""
 
 
 class Session:
@@ -60,6 +64,9 @@ class Session:
             "/stats": self._stats,
             "/save": self._save,
             "/load": self._load,
+            "/bye": self._bye,
+            "/exit": self._bye,
+            "/quit": self._bye,
         }
 
     def run(self) -> int:
@@ -70,9 +77,9 @@ class Session:
             try:
                 text = read_message(self._reader)
                 self._armed = False
-                if text.strip() == "/bye":
-                    return 0
                 self._handle(text)
+            except _Leave:
+                return 0
             except EOFError:
                 if self._reader.interactive:
                     say()
@@ -156,6 +163,9 @@ class Session:
         path = _file(argument, "/load")
         load_transcript(path, self._conversation)
         say(f"({len(self._conversation.messages)} messages from {path})")
+
+    def _bye(self, argument: str) -> None:
+        raise _Leave
 
 
 def _near(command: str) -> str:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Protocol
 
-from .console import is_terminal
+from .console import has_cursor, is_terminal
 
 PROMPT = ">>> "
 CONTINUATION = "... "
@@ -71,11 +71,15 @@ class ReadlineReader:
         self._completions = completions
         readline.set_completer(self._complete)
         readline.set_completer_delims("")
-        edits_like_libedit = "libedit" in (readline.__doc__ or "")
-        readline.parse_and_bind("bind ^I rl_complete" if edits_like_libedit else "tab: complete")
+        if "libedit" in (readline.__doc__ or ""):
+            readline.parse_and_bind("bind ^I rl_complete")
+        else:
+            readline.parse_and_bind("tab: complete")
+            if has_cursor():  # Python switches it off, and each pasted line would be a message of its own
+                readline.parse_and_bind("set enable-bracketed-paste on")
 
     def line(self, prompt: str) -> str:
-        return input(prompt)
+        return input(prompt).rstrip("\n")  # what is pasted may end with some
 
     def discarded(self) -> str:
         return self._readline.get_line_buffer()

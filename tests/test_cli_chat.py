@@ -46,8 +46,11 @@ def test_a_piped_chat_answers_line_by_line_without_prompt_or_greeting(models):
     assert messages(models[0]) == ["one two", "one two", "three", "three"]
 
 
-def test_bye_leaves_and_what_follows_is_not_asked(models):
-    assert chat("one", "/bye", "two").stdout == "one\n"
+@pytest.mark.parametrize("line", ["/bye", "/bye now", "/exit", "/quit"])
+def test_bye_leaves_and_what_follows_is_not_asked(models, line):
+    result = chat("one", line, "two")
+    assert result.stdout == "one\n"
+    assert "error" not in result.stderr
 
 
 def test_quotes_hold_several_lines_together(models):
@@ -178,6 +181,15 @@ def test_a_saved_conversation_comes_back_and_only_its_owner_can_read_it(models, 
     assert "2 messages" in result.stderr
 
 
+@pytest.mark.parametrize("content", ["export PATH", '{"format": "other"}'])
+def test_saving_replaces_a_conversation_and_nothing_else(models, tmp_path, content):
+    (path := tmp_path / "talk.json").write_text(content)
+    assert f"{path} is there and is no saved conversation" in chat("one", f"/save {path}").stderr
+    assert path.read_text() == content
+    path.unlink()
+    assert chat("one", f"/save {path}", "two", f"/save {path}").stderr.count("(saved in") == 2
+
+
 def test_saving_replaces_the_file_in_one_step_and_a_failure_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "talk.json"
     save_transcript(path, {"system": None, "messages": []})
@@ -209,5 +221,6 @@ def test_a_file_too_large_for_a_conversation_is_not_read(models, tmp_path):
     assert "too large" in chat(f"/load {path}").stderr
 
 
-def test_a_directory_is_no_saved_conversation(models, tmp_path):
+def test_a_directory_and_a_device_are_no_saved_conversations(models, tmp_path):
     assert "can not be read" in chat(f"/load {tmp_path}").stderr
+    assert "/dev/zero is no file" in chat("/load /dev/zero").stderr

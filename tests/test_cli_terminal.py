@@ -159,6 +159,15 @@ def test_several_lines_in_quotes_have_their_own_prompt(start):
     child.expect(r"first \| second\r\n.*>>> ")
 
 
+def test_pasted_lines_are_one_message(start):
+    child = start("chat", "fake")
+    child.expect("2004h")  # asks the terminal to mark what is pasted
+    child.send("\x1b[200~first\rsecond\r\x1b[201~")
+    child.expect("second")
+    child.sendline("")
+    child.expect(r"first \| second\r\n.*>>> ")
+
+
 def test_ctrl_c_in_a_block_drops_the_block(start):
     child = start("chat", "fake")
     child.expect(">>> ")
