@@ -124,7 +124,10 @@ def bench(
     ] = True,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure a model's tokens per second at several --ram, beside the plan's; or simulate machines with a GPU."""
+    """Measure a model's speed at several budgets, or simulate machines.
+
+    Measured are tokens per second at several --ram, beside what `plan` expects; simulated, machines with a GPU.
+    """
     if not simulate:
         if model is None:
             raise UsageError("name a model to measure, or add --simulate.")
@@ -212,7 +215,7 @@ def _title(setup: Setup, routing: Routing, origin: str) -> list[str]:
     total = shape.layers * shape.experts
     return [
         f"simulated, not measured: {shape.name} on {machine.name} ({machine.about}); {origin}, "
-        f"{routing.tokens:,} tokens of {routing.sequences} sequences",
+        f"{routing.tokens:,} tokens of {routing.sequences} sequence{'' if routing.sequences == 1 else 's'}",
         f"VRAM {size(machine.vram)} at {size(machine.gpu_bandwidth)}/s, {setup.vram_slots:,} of {total:,} experts of "
         f"{size(shape.record)}; RAM {size(machine.ram)} at {size(machine.ram_bandwidth)}/s, "
         f"{setup.ram_slots:,} experts",

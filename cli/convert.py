@@ -44,7 +44,7 @@ def convert(
     revision: Revision = None,
     keep_source: KeepSource = True,
 ) -> None:
-    """Convert a checkpoint into an expert store; a model on the hub is downloaded.
+    """Convert a model into a store; one on the hub is downloaded.
 
     Needed once per model; an interrupted conversion goes on where it was.
     """

@@ -98,12 +98,12 @@ def as_lines(survey: Survey) -> list[str]:
         f"layers of {max(layer.experts for layer in layers)} experts, top-{max(layer.top_k for layer in layers)}",
         _WIDTH,
     )
-    lines += ["", f"{'format':28}{'an expert':>12}{'experts':>12}{'trunk':>12}{'total':>12}"]
+    lines += ["", f"{'format':33}{'an expert':>11}{'experts':>11}{'trunk':>11}{'total':>11}"]
     for form in outline.formats:
         what = f"{form.experts_as}, trunk {form.trunk_as}" if form.experts_as != form.trunk_as else form.experts_as
         what = ("* " if form is outline.chosen or form == outline.chosen else "  ") + what
         lines.append(
-            f"{what:28}{size(form.record):>12}{size(form.experts):>12}{size(form.trunk):>12}{size(form.total):>12}"
+            f"{what:33}{size(form.record):>11}{size(form.experts):>11}{size(form.trunk):>11}{size(form.total):>11}"
         )
     lines += ["* what this plan is for; the others are what it ships as, or could be", ""]
     if fit is None:
@@ -142,8 +142,8 @@ def _where(survey: Survey, fit: Fit) -> list[str]:
         f"{size(ram.budget)} = program {size(n.program)}{beside} + workspace {size(n.step)} + {ram.slots:,} of "
         f"{n.experts:,} experts {size(ram.slot_bytes)}",
     )
-    lines += _row("disk", f"{fit.on_disk:,} experts have no other place ({size(fit.on_disk * record)})")
-    return lines
+    left = f"{fit.on_disk:,} experts have no other place ({size(fit.on_disk * record)})"
+    return lines + _row("disk", left if fit.on_disk else "no expert has to stay there")
 
 
 def _speed(survey: Survey, fit: Fit) -> list[str]:

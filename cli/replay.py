@@ -34,7 +34,10 @@ def replay(
     jobs: Annotated[int | None, typer.Option(min=1, help="Replays at a time. Default: one per core.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare eviction policies on a recorded routing, beside Belady's optimum."""
+    """Compare eviction policies on recorded routing.
+
+    Beside them stands Belady's optimum, which no policy can exceed.
+    """
     names = _policies(policy)
     from ..cache.replay import OPTIMUM, Case, Requests, compare, lru_curve
     from ..cache.trace import read_trace
@@ -88,7 +91,7 @@ def _sizes(text: str, requests: Requests) -> list[int]:
 
 
 def _title(trace: Trace, requests: Requests, warm: bool, per_layer: bool) -> str:
-    start = "one warm cache" if warm else f"cold start for each of {len(requests.sequences)} sequences"
+    start = "one warm cache" if warm else f"a cold start for each sequence ({len(requests.sequences):,})"
     return (
         f"{trace.model or 'unknown model'}: {trace.layers} layers x {trace.num_experts} experts, top-{trace.top_k}; "
         f"{requests.tokens:,} decoded tokens, {requests.total:,} requests\n"

@@ -36,7 +36,7 @@ def stats(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say where the time of a chat, run or demo went, and what would make it faster."""
+    """Say where the time of a run went, and what would make it faster."""
     from ..cache.past_runs import comparison, listing
     from ..cache.report import report
     from ..cache.sections import sections

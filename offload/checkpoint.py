@@ -43,7 +43,7 @@ class CheckpointSource:
         self.name = path.resolve().name if model is None else model.name
         self.revision = None if model is None else model.commit
         if not path.is_dir():
-            raise DataError(f"{path} is not a directory; give a checkpoint directory, a store, or a cached hub id")
+            raise DataError(f"{path} is not a directory; give the one of a checkpoint or of a store, or a GGUF file")
         if (path / MANIFEST).is_file():
             raise DataError(f"{path} is a pocketmoe store already; give the checkpoint that it was made from")
         self.config = read_config_json(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,9 @@ class OffloadConfig:
             value = getattr(config, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"{name} must be a positive whole number, not {value!r}")
+        processors = os.cpu_count()
+        if config.threads and processors and config.threads > processors:  # more only wait for each other
+            raise UsageError(f"threads must be at most {processors}, as this machine has, not {config.threads}")
         config._check_trace()
         return config
 

@@ -105,7 +105,11 @@ def find_store(
     for_gguf = {"codec": codec, "trunk": trunk, "dest": str(_stores()), "to_run": to_run, "keep_source": keep_source}
     local, model = _resolve(path, revision, is_enough, for_gguf, on_progress, on_notice)
     if is_store(local):
+        if codec or trunk:
+            notice(f"codec and trunk are chosen at the conversion and have no effect here: {local} is a store.")
         return local
+    if model is None and not is_gguf(local) and not (local / "config.json").exists():
+        _open_source(local, None)  # says what is wrong with it
     dest = _place(local, model, codec, trunk)
     if is_store(dest):
         obstacle = _out_of_date(dest, local)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import psutil
 
-from ..cache.units import format_bytes
+from ..cache.units import as_option, format_bytes
 from .errors import MemoryBudgetError
 
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -136,11 +136,10 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         n, size = self.needs, format_bytes
-        budget = (
-            f"{size(self.budget)} (chosen: {1 - LEAVE_FREE:.0%} of what is free at most)"
-            if self.automatic
-            else size(self.budget)
-        )
+        budget = size(self.budget)
+        if self.automatic:
+            all_fit = self.slots == n.experts
+            budget += f" ({'all that it can use' if all_fit else f'{1 - LEAVE_FREE:.0%} of what is free'})"
         on_disk = n.experts - self.slots
         where = f"{self.slots:,} fit in RAM ({size(self.slot_bytes)})"
         lent = self.slots - self.slots_beside(n.workspace)
@@ -180,10 +179,11 @@ def make_plan(needs: Needs, ram: int | None, slots: int | None = None) -> Memory
         least = needs.fixed + needs.floor * needs.record
         size = format_bytes
         lead = "this machine's free memory allows" if automatic else "the budget is"
+        short = f", {size(least - budget)} too little" if size(least) == size(budget) else ""
         raise MemoryBudgetError(
-            f"{lead} {size(budget)}, but this model needs at least {size(least)}: program {size(needs.program)}, "
-            f"trunk {size(needs.trunk)}, KV cache {size(needs.kv)} for {needs.context:,} tokens, workspace "
-            f"{size(needs.workspace)}, and {needs.floor} expert slots ({size(needs.floor * needs.record)}); "
+            f"{lead} {size(budget)}{short}, but this model needs at least {size(least)}: "
+            f"program {size(needs.program)}, trunk {size(needs.trunk)}, KV cache {size(needs.kv)} "
+            f"for {needs.context:,} tokens, workspace {size(needs.workspace)}, and {needs.floor} expert slots ({size(needs.floor * needs.record)}); "
             f"{_remedy(needs, budget, least)}"
         )
     return MemoryPlan(needs, budget, automatic, slots)
@@ -193,12 +193,8 @@ def _remedy(needs: Needs, budget: int, least: int) -> str:
     per_token = needs.kv / needs.context
     spare = budget - (least - needs.kv)
     if per_token and spare > 256 * per_token:
-        return f"--context {int(spare / per_token) // 256 * 256} would fit, or give it --ram {_round_mb(least)}MB"
-    return f"give it --ram {_round_mb(least)}MB or more"
-
-
-def _round_mb(count: int) -> int:
-    return -(-count // 10_000_000) * 10
+        return f"--context {int(spare / per_token) // 256 * 256} would fit, or give it --ram {as_option(least)}"
+    return f"give it --ram {as_option(least)} or more"
 
 
 def adjust(plan: MemoryPlan, needs: Needs) -> MemoryPlan:

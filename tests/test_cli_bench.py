@@ -41,7 +41,7 @@ def test_the_table_has_every_strategy_and_says_that_it_is_simulated():
     result = invoke("--simulate", "--tokens", "10")
     assert result.exit_code == 0, result.stderr
     assert "simulated, not measured: gpt-oss-20b on laptop-8gb" in result.stderr
-    assert "made-up routing, 10 tokens of 1 sequences" in result.stderr
+    assert "made-up routing, 10 tokens of 1 sequence\n" in result.stderr
     assert "tokens/s, simulated" in result.stdout
     first = [line.split()[0] for line in result.stdout.splitlines() if line.split()]
     assert [word for word in first if word in strategy_names()] == list(strategy_names())

@@ -145,6 +145,7 @@ def test_loading_options_reach_load_and_those_of_a_conversion_only_when_given(mo
     assert models[0].options == expected | {"kernels": "torch", "threads": 2}
     assert "pocketmoe replay" not in invoke("run", "fake", "hi", "--codec", "bf16", "--trunk", "keep").stderr
     assert (models[1].options["codec"], models[1].options["trunk"]) == ("bf16", "keep")
+    assert "threads must be at most" in invoke("run", "fake", "hi", "--threads", "99999").stderr
     invoke("run", "some/model", "hi", "--revision", "v2", "--no-keep-source")
     assert (models[2].options["revision"], models[2].options["keep_source"]) == ("v2", False)
 

@@ -66,3 +66,14 @@ def test_errors_of_the_conversion_are_the_callers(checkpoint, tmp_path):
         find_store(tmp_path)
     with pytest.raises(UsageError, match="unknown codec 'int3'; known: int4-g32"):
         find_store(checkpoint, codec="int3")
+
+
+def test_no_conversion_is_announced_of_what_is_no_model_and_formats_without_effect_are(checkpoint, tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    notices = []
+    for path, wrong in ((tmp_path / "notes.txt", "is not a directory"), (tmp_path, "has no config.json")):
+        with pytest.raises(DataError, match=wrong):
+            find_store(path, on_notice=notices.append)
+    assert notices == []
+    find_store(find_store(checkpoint), codec="bf16", on_notice=notices.append)
+    assert "have no effect" in notices[-1]

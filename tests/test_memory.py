@@ -58,6 +58,11 @@ def test_a_budget_below_the_floor_is_refused_with_a_budget_that_is_accepted():
     assert make_plan(NEEDS, parse_bytes(suggested[1])).slots >= NEEDS.floor
 
 
+def test_a_budget_that_is_short_by_little_is_told_from_what_is_needed():
+    with pytest.raises(MemoryBudgetError, match=r"the budget is 680 MB, 1 byte too little, but .* at least 680 MB"):
+        make_plan(NEEDS, 680 * MB - 1)
+
+
 def test_a_refusal_suggests_a_shorter_context_where_that_would_do():
     needs = NEEDS._replace(kv=400 * MB)
     with pytest.raises(MemoryBudgetError) as refused:
@@ -86,13 +91,14 @@ def test_an_automatic_budget_leaves_memory_to_others_and_says_so(monkeypatch):
     plan = make_plan(NEEDS, None)
     assert plan.automatic
     assert plan.budget == 350 * MB + int(600 * MB * (1 - memory.LEAVE_FREE))
-    assert "chosen" in str(plan)
+    assert "(85% of what is free)" in str(plan)
 
 
 def test_an_automatic_budget_takes_no_more_than_the_whole_model_needs(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 64_000 * MB)
     plan = make_plan(NEEDS, None)
     assert plan.budget == NEEDS.fixed + NEEDS.experts * NEEDS.record
+    assert "(all that it can use)" in str(plan)
 
 
 def test_measured_needs_only_ever_take_slots_away():
