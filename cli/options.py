@@ -52,7 +52,9 @@ class LoadOptions:
 
     ram: Annotated[
         str | None,
-        typer.Option(help="Hard limit for the whole process, as 4GB. Default: what the machine has free, less a rest."),
+        typer.Option(
+            help="Hard limit for the whole process, as 4GB. Default: what it can use, or 85% of what is free."
+        ),
     ] = None
     device: Annotated[
         str, typer.Option(metavar="auto|cpu|cuda|xpu", help="What computes; auto takes a GPU where torch can use one.")
@@ -63,10 +65,15 @@ class LoadOptions:
     deterministic: Annotated[
         bool, typer.Option(help="With a GPU: compute every expert there, for answers that are equal to the bit.")
     ] = OffloadConfig.deterministic
-    context: Annotated[int | None, typer.Option(help="Tokens that prompt and answers may take together.")] = None
-    kv: Annotated[str, typer.Option(metavar="|".join(KV_DTYPES), help="What keys and values are cached in.")] = (
-        OffloadConfig.kv
-    )
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that prompt and answers may take together. Default: up to 4096.")
+    ] = None
+    kv: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(KV_DTYPES), help="What keys and values are cached in; model is the dtype it computes in."
+        ),
+    ] = OffloadConfig.kv
     policy: Annotated[
         str, typer.Option(metavar="|".join(policy_names()), help="Which expert leaves the cache when it is full.")
     ] = OffloadConfig.policy
@@ -147,12 +154,17 @@ class SamplingOptions:
     """
 
     temperature: Annotated[float | None, typer.Option(help="Above 1 wilder, below 1 tamer, 0 always the same.")] = None
-    top_p: Annotated[float | None, typer.Option(help="Choose among the tokens that hold this probability.")] = None
-    top_k: Annotated[int | None, typer.Option(help="Choose among this many tokens; 0 for all.")] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Choose among the likeliest tokens that together hold this probability.")
+    ] = None
+    top_k: Annotated[int | None, typer.Option(help="Choose among this many of the likeliest tokens; 0 for all.")] = None
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest.")] = None
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 makes repetition less likely.")] = None
     seed: Annotated[int | None, typer.Option(help="The same seed and prompt give the same answer.")] = None
-    max_tokens: Annotated[int | None, typer.Option(help="End the answer after this many tokens.")] = None
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="End the answer after this many tokens. Default, as for the others: the model's own."),
+    ] = None
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text. May be repeated.")
     ] = None

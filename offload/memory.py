@@ -183,8 +183,8 @@ def make_plan(needs: Needs, ram: int | None, slots: int | None = None) -> Memory
         raise MemoryBudgetError(
             f"{lead} {size(budget)}{short}, but this model needs at least {size(least)}: "
             f"program {size(needs.program)}, trunk {size(needs.trunk)}, KV cache {size(needs.kv)} "
-            f"for {needs.context:,} tokens, workspace {size(needs.workspace)}, and {needs.floor} expert slots ({size(needs.floor * needs.record)}); "
-            f"{_remedy(needs, budget, least)}"
+            f"for {needs.context:,} tokens, workspace {size(needs.workspace)}, "
+            f"and {needs.floor} expert slots ({size(needs.floor * needs.record)}); {_remedy(needs, budget, least)}"
         )
     return MemoryPlan(needs, budget, automatic, slots)
 
