@@ -16,8 +16,9 @@ import time
 from itertools import accumulate
 
 from pocketmoe.cache.manager import ExpertCache
+from pocketmoe.cache.plain_cache import PlainCache
 from pocketmoe.cache.policy import get_policy, policy_names
-from pocketmoe.offload.eviction import make_policy
+from pocketmoe.offload.native_cache import make_cache
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 CYCLE, SHAPE = LAYERS * TOP_K, [EXPERTS] * LAYERS
@@ -48,9 +49,8 @@ def run(cache: ExpertCache, tokens: list[list[list[int]]]) -> tuple[list[float],
         for layer, indices in enumerate(layers):
             wanted = cache.lookup(layer, indices)
             with cache.locked(wanted):
-                for expert in wanted.misses:
-                    admission = cache.admit(expert)
-                    assert admission is not None, f"no slot for {expert}"
+                admissions = cache.admit_all(wanted.misses)
+                assert len(admissions) == len(wanted.misses), f"no slots for {wanted.misses}"
                 for expert in wanted.misses:
                     cache.arrived(expert)
             hits += len(wanted.hits)
@@ -71,8 +71,10 @@ def main() -> None:
         tokens = routing(kind, 2 * args.tokens, random.Random(0))
         for name in [args.policy] if args.policy else policy_names():
             for capacity in (CYCLE, CYCLE + 16, 1536, 3072, LAYERS * EXPERTS):
-                policy = get_policy(name, capacity, CYCLE) if args.plain else make_policy(name, capacity, CYCLE, SHAPE)
-                cache = ExpertCache(capacity, policy, LAYERS, TOP_K)
+                if args.plain:
+                    cache = PlainCache(capacity, get_policy(name, capacity, CYCLE), LAYERS, TOP_K)
+                else:
+                    cache = make_cache(name, capacity, CYCLE, SHAPE, TOP_K)
                 run(cache, tokens[: args.tokens])
                 micros, hits = run(cache, tokens[args.tokens :])
                 cache.check_integrity(idle=True)

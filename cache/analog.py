@@ -13,17 +13,15 @@ The constants were chosen on every second sequence of a collection of gpt-oss-20
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import exp, inf, sqrt
-from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from .expert import ExpertId
 from .forecast import DOUBT, HALF_LIFE, SPAN
-from .order import Ranked
+from .order import Order, Ranked
 
 WINDOW, NEAREST, VOTE = 512, 8, 2.0  # tokens, tokens, uses per token where all agree
 AHEAD = 4  # tokens after a similar one that vote, each half as much as the one before
@@ -35,38 +33,12 @@ Array = np.ndarray[Any, Any]
 _EXPERT = np.dtype([("rank", float), ("uses", float), ("last", float), ("share", float), ("used", np.uint8, (WINDOW,))])
 
 
-class Estimates(Protocol):
-    """When each resident is expected to be used next: its rank is minus that token. Experts are indices of a layer."""
-
-    def use(self, layer: int, experts: Sequence[int]) -> bool:
-        """These distinct experts, at least one, are chosen in this token, and resident. Whether that began the layer's
-        turn, which gives all its residents new ranks."""
-        ...
-
-    def leave(self, layer: int, expert: int) -> None:
-        """It is not resident any more. Raises KeyError if it was not."""
-        ...
-
-    def after(self, layer: int, expert: int = -1) -> tuple[int, float] | None:
-        """Who comes next in the order of ranks, the lowest expert first of equals, and that rank; the first of all
-        where no expert is given. None after the last."""
-        ...
-
-    def layers(self) -> Iterable[int]:
-        """Those who may have residents."""
-        ...
-
-    def tick(self) -> None:
-        """One token is done."""
-        ...
-
-
-class Analog:
+class Analog(Order["_Layer"]):
     """The expert whose next use is expected last leaves first: of each layer as its latest turn expected it."""
 
-    def __init__(self, capacity: int = 0, cycle: int = 0, estimates: Estimates | None = None) -> None:
-        self.stale: set[int] = set()
-        self.estimates = estimates or PlainEstimates(cycle)
+    def __init__(self, capacity: int = 0, cycle: int = 0) -> None:
+        super().__init__()
+        self.estimates = Estimates(cycle, self._layers)
 
     def insert(self, expert: ExpertId) -> None:
         layer, index = expert
@@ -83,40 +55,39 @@ class Analog:
         self.estimates.leave(*expert)
         self.stale.add(expert[0])
 
-    def victims(self, layer: int | None = None) -> Iterator[Ranked]:
-        if layer is None:
-            yield from heapq.merge(*map(self.victims, self.estimates.layers()), key=itemgetter(1))
-            return
-        after = self.estimates.after
-        place = after(layer)
-        while place is not None:
-            index, rank = place
-            yield ExpertId(layer, index), rank
-            place = after(layer, index)
-
     def resize(self, capacity: int) -> None:
         pass
 
     def tick(self) -> None:
         self.estimates.tick()
 
+    def _of_layer(self, layer: int) -> Iterator[Ranked]:
+        place = self.estimates.after(layer)
+        while place is not None:
+            index, rank = place
+            yield ExpertId(layer, index), rank
+            place = self.estimates.after(layer, index)
 
-class PlainEstimates:
-    """The reference, in Python: `Estimates` in csrc/estimates.h does the same.
+
+class Estimates:
+    """When each resident is expected to be used next: its rank is minus that token. Experts are indices of a layer.
 
     Args:
         cycle: experts of one token. Tokens with more are those of a prompt, which is like no token.
+        layers: those who have had residents; none yet.
     """
 
-    def __init__(self, cycle: int) -> None:
+    def __init__(self, cycle: int, layers: dict[int, _Layer]) -> None:
         self._cycle = cycle
         self._sharpness = SHARPNESS / sqrt(max(cycle, 1))  # overlaps spread like the root of what can overlap
-        self._layers: dict[int, _Layer] = {}
+        self._layers = layers
         self._likeness = np.zeros(WINDOW, np.uint16)  # experts in common with each of the latest tokens
         self._tokens = 0  # that were remembered
         self._token, self._used = 0.0, 0  # the present one, and how many experts it has used
 
     def use(self, layer: int, experts: Sequence[int]) -> bool:
+        """These distinct experts, at least one, are chosen in this token, and resident. Whether that began the layer's
+        turn, which gives all its residents new ranks."""
         of, token = self._layers.get(layer) or self._layers.setdefault(layer, _Layer()), self._token
         of.make_room(max(experts) + 1)
         known = of.experts
@@ -141,12 +112,15 @@ class PlainEstimates:
         return begins
 
     def leave(self, layer: int, expert: int) -> None:
+        """It is not resident any more. Raises KeyError if it was not."""
         ranks = self._ranks(layer)
         if expert >= len(ranks) or ranks[expert] == inf:
             raise KeyError(expert)
         ranks[expert] = inf
 
     def after(self, layer: int, expert: int = -1) -> tuple[int, float] | None:
+        """Who comes next in the order of ranks, the lowest expert first of equals, and that rank; the first of all
+        where no expert is given. None after the last."""
         ranks = self._ranks(layer)
         if expert >= 0:
             earlier = (ranks < ranks[expert]) | (ranks == ranks[expert]) & (np.arange(len(ranks)) <= expert)
@@ -154,10 +128,8 @@ class PlainEstimates:
         first = int(ranks.argmin()) if len(ranks) else 0
         return None if not len(ranks) or ranks[first] == inf else (first, float(ranks[first]))
 
-    def layers(self) -> Iterable[int]:
-        return tuple(self._layers)
-
     def tick(self) -> None:
+        """One token is done."""
         if self._used:
             self._remember(as_token=self._used <= self._cycle)
         self._token, self._used = self._token + 1.0, 0

@@ -5,18 +5,19 @@ pool from starving one: an admission for one layer never takes another layer bel
 
 A resident expert is *arriving* from `admit` until `arrived`: it owns its slot, but its bytes are not there yet. Experts
 that are arriving or locked are never evicted. All calls come from one thread, the one that runs the layers.
+
+`PlainCache` is the reference; `NativeCache` keeps the same books in compiled code.
 """
 
 from __future__ import annotations
 
-import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
-from .eviction import Eviction
 from .expert import ExpertId, Lookup
-from .policy import EvictionPolicy
 
 
 class SlotInUseError(RuntimeError):
@@ -84,7 +85,7 @@ class _LayerIds(dict[int, ExpertId]):
         return expert
 
 
-class ExpertCache:
+class ExpertCache(ABC):
     """The residents of one tier.
 
     `capacity` slots are numbered 0..capacity-1; `layers` is the number of MoE layers; `floor` the residents that each
@@ -92,28 +93,28 @@ class ExpertCache:
     fit into the capacity.
     """
 
-    def __init__(
-        self, capacity: int, policy: EvictionPolicy, layers: int, floor: int, table: Table | None = None
-    ) -> None:
+    def __init__(self, capacity: int, layers: int, floor: int, table: Table | None = None) -> None:
         if layers < 1 or floor < 1:
             raise ValueError(f"An expert cache needs at least 1 layer and a floor of 1, not {layers} and {floor}.")
         self.layers = layers
         self.floor = floor
         self._table = table or _NoTable()
-        self._new_policy = copy.deepcopy(policy)  # for `recover`
         self._ids = [_LayerIds(layer) for layer in range(layers)]
         self._require_floors(capacity)
         self.capacity = capacity
-        self._start(policy)
+        self._start()
+        self._table.replace({})
 
+    @abstractmethod
     def __len__(self) -> int:
-        return self.capacity - len(self._free)
+        """How many experts are resident, arriving ones included."""
 
     def __contains__(self, expert: object) -> bool:
-        return isinstance(expert, ExpertId) and expert in self._slots[expert.layer]
+        return isinstance(expert, ExpertId) and self.slot_of(expert) is not None
 
     # Requests
 
+    @abstractmethod
     def lookup(self, layer: int, indices: Sequence[int], promote: bool = True) -> Lookup:
         """Split the distinct experts `indices` of `layer` into hits and misses, in the order of the request.
 
@@ -121,43 +122,22 @@ class ExpertCache:
         experts are touched in the policy; a transient one joins it, unless `promote` is false (for a prompt, whose
         single pass over an expert says little about the answer).
         """
-        ids, slots, transient = self._ids[layer], self._slots[layer], self._eviction.transient[layer]
-        hits: list[ExpertId] = []
-        misses: list[ExpertId] = []
-        for index in dict.fromkeys(indices):
-            expert = ids[index]
-            (hits if expert in slots else misses).append(expert)
-        if not transient:
-            self._policy.touch(hits)
-        else:
-            for expert in hits:
-                if expert not in transient:
-                    self._policy.touch((expert,))
-                elif promote:
-                    self.promote(expert)
-        if self._arriving and not self._arriving.isdisjoint(hits):
-            hits = [expert for expert in hits if expert not in self._arriving]
-            misses = [expert for index in dict.fromkeys(indices) if (expert := ids[index]) not in hits]
-        return Lookup(tuple(hits), tuple(misses))
 
+    @abstractmethod
     def slot_of(self, expert: ExpertId) -> int | None:
         """The slot of a resident expert (arriving ones included), else None."""
-        return self._slots[expert[0]].get(expert)
 
+    @abstractmethod
     def slots_of(self, experts: Sequence[ExpertId]) -> list[int]:
         """The slots of resident experts, whose bytes have to be there."""
-        assert self._arriving.isdisjoint(experts), f"still on their way: {self._arriving.intersection(experts)}"
-        slots = [self._slots[expert[0]].get(expert, -1) for expert in experts]
-        assert -1 not in slots, f"not resident: {[expert for expert in experts if expert not in self]}"
-        return slots
 
+    @abstractmethod
     def is_arriving(self, expert: ExpertId) -> bool:
         """Whether `expert` owns a slot whose bytes are still on their way."""
-        return expert in self._arriving
 
+    @abstractmethod
     def is_transient(self, expert: ExpertId) -> bool:
         """Whether `expert` is resident and among the first to leave: admitted as transient and not promoted since."""
-        return expert in self._eviction.transient[expert[0]]
 
     # Admission
 
@@ -168,68 +148,46 @@ class ExpertCache:
         nobody may leave: every candidate is locked, arriving or protected by its layer's floor. For a demanded expert
         the caller then waits for, or abandons, a read in flight and asks again.
         """
-        layer = expert[0]
-        assert 0 <= layer < self.layers, f"{expert} is not in one of {self.layers} layers"
-        assert expert not in self, f"{expert} is resident already, in slot {self.slot_of(expert)}"
-        victim = None
-        if self._free:
-            slot = self._free.pop()
-        else:
-            victim = self._eviction.victim(layer)
-            if victim is None:
-                return None
-            slot = self._release(victim)
-        self._slots[layer][expert] = slot
-        self._arriving.add(expert)
-        self._eviction.insert(expert, transient)
-        return Admission(slot, victim)
+        admissions = self.admit_all((expert,), transient)
+        return admissions[0] if admissions else None
 
+    @abstractmethod
+    def admit_all(self, experts: Sequence[ExpertId], transient: bool = False) -> list[Admission]:
+        """`admit` one after the other, as many of one layer's distinct experts as there are slots for."""
+
+    @abstractmethod
     def next_victim(self, layer: int) -> ExpertId | None:
         """Who would leave for an admission to `layer` now: nobody while a slot is free, or where nobody may leave."""
-        return None if self._free else self._eviction.victim(layer)
 
+    @abstractmethod
     def arrived(self, expert: ExpertId) -> None:
         """The bytes of `expert` are in its slot."""
-        assert expert in self._arriving, f"{expert} is not arriving"
-        self._arriving.remove(expert)
-        self._table.enter(expert, self._slots[expert[0]][expert])
-        self._eviction.changed(expert[0])
 
+    @abstractmethod
     def abandon(self, expert: ExpertId) -> None:
         """The read of the arriving `expert` failed or was cancelled: its slot is free again. Locks on it stay."""
-        assert expert in self._arriving, f"{expert} is not arriving"
-        self._free.append(self._release(expert))
-        self._arriving.remove(expert)  # last: where the books were torn, it must not pass for one that has arrived
 
+    @abstractmethod
     def demote(self, expert: ExpertId) -> None:
         """Put a resident expert among the first to leave: it is to be had elsewhere, too."""
-        if expert in self:
-            self._eviction.demote(expert)
 
+    @abstractmethod
     def promote(self, expert: ExpertId) -> None:
         """Undo `demote`, or a transient admission, if the expert is still resident."""
-        self._eviction.promote(expert)
 
+    @abstractmethod
     def tick(self) -> None:
         """One token is done."""
-        self._policy.tick()
 
     # Locks
 
+    @abstractmethod
     def lock(self, experts: Iterable[ExpertId]) -> None:
         """Keep `experts` from being evicted until `unlock`; counted. They may be locked before they are admitted."""
-        locks = self._locks
-        for expert in experts:
-            locks[expert] = locks.get(expert, 0) + 1
 
+    @abstractmethod
     def unlock(self, experts: Iterable[ExpertId]) -> None:
         """Undo one `lock` of each of `experts`."""
-        locks = self._locks
-        for expert in experts:
-            count = locks.pop(expert, 0)
-            assert count > 0, f"{expert} is not locked"
-            if count > 1:
-                locks[expert] = count - 1
 
     def locked(self, experts: Lookup | Iterable[ExpertId]) -> AbstractContextManager[None]:
         """Hold locks on `experts`, or on the hits and misses of a lookup, for the length of a `with` block."""
@@ -247,38 +205,41 @@ class ExpertCache:
         leaves or moves is locked or arriving, and ValueError below the floors.
         """
         self._require_floors(capacity)
-        beyond = [(expert, slot) for expert, slot in self.residents().items() if slot >= capacity]
-        lost, moving = (beyond, []) if move is None else self._coldest(capacity, beyond)
-        self._require_idle([expert for expert, _ in (*lost, *moving)])
-        for expert, slot in lost:
+        slots = sorted(self.residents().items(), key=itemgetter(1))
+        beyond = {expert: slot for expert, slot in slots if slot >= capacity}
+        lost = beyond if move is None else self._coldest(capacity)
+        moving = {expert: slot for expert, slot in beyond.items() if expert not in lost}
+        self._require_idle([*lost, *moving])
+        for expert in lost:
             self._release(expert)
-            if slot < capacity:
-                self._free.append(slot)
-        kept = [slot for slot in self._free if slot < capacity]
-        for expert, slot in moving:
+        free = sorted({*range(capacity)}.difference(self.residents().values()), reverse=True)
+        for expert, slot in moving.items():
             assert move is not None
-            move(expert, slot, kept[-1])
-            self._slots[expert[0]][expert] = kept[-1]
-            self._table.enter(expert, kept.pop())
-        self._free = [*range(capacity - 1, self.capacity - 1, -1), *kept]
+            move(expert, slot, free[-1])
+            self._place(expert, free[-1])
+            self._table.enter(expert, free.pop())
         self.capacity = capacity
-        self._policy.resize(capacity)
-        return lost
+        self._resized()
+        return list(lost.items())
 
+    @abstractmethod
     def residents(self) -> dict[ExpertId, int]:
         """A copy of who is in which slot, arriving experts included."""
-        return {expert: slot for slots in self._slots for expert, slot in slots.items()}
 
+    @abstractmethod
     def resident_count(self, layer: int) -> int:
         """Residents of one layer, arriving experts included."""
-        return len(self._slots[layer])
+
+    @abstractmethod
+    def order(self) -> list[ExpertId]:
+        """All residents, who leaves first comes first, whoever is in use and whatever the floors are."""
 
     def clear(self) -> None:
-        """Evict everybody. Raises SlotInUseError, changing nothing, when somebody is locked or arriving."""
-        self._require_idle([*self.residents(), *self._locks])
-        for expert in self.residents():
-            self._eviction.remove(expert)
-        self._start(self._policy)
+        """Evict everybody; what the policy has learnt is forgotten. Raises SlotInUseError, changing nothing, when
+        somebody is locked or arriving."""
+        self._require_idle([*self.residents(), *self._lock_counts()])
+        self._start()
+        self._table.replace({})
 
     def recover(self) -> None:
         """After an interruption, when nothing is being read any more: nobody is arriving or locked from now on.
@@ -286,51 +247,35 @@ class ExpertCache:
         Where the interruption fell into one of these methods and left the books half-written, everybody is evicted and
         the policy begins anew.
         """
-        self._locks.clear()
-        for layer in range(self.layers):
-            self._eviction.changed(layer)
+        self._unlock_all()
         try:
-            for expert in tuple(self._arriving):
+            for expert in self._arriving():
                 self.abandon(expert)
             self.check_integrity(idle=True)
-            policy = copy.deepcopy(self._policy)
-            for expert, _ in tuple(policy.victims()):
-                policy.remove(expert)  # fails where the policy's own books are half-written
+            self._check_policy()
         except (AssertionError, LookupError, ValueError):
-            policy = copy.deepcopy(self._new_policy)
-            policy.resize(self.capacity)
-            self._start(policy)
+            self._start()
         self._table.replace(self.residents())
 
     def check_integrity(self, idle: bool = False) -> None:
         """Raise AssertionError with the numbers when the books do not balance; `idle`: also when anybody is in use."""
-        residents = self.residents()
-        slots = sorted([*residents.values(), *self._free])
+        residents, locks, arriving, ordered = self.residents(), self._lock_counts(), self._arriving(), self.order()
+        slots = sorted([*residents.values(), *self._free_slots()])
         assert slots == list(range(self.capacity)), f"slots used and free are {slots}, not 0..{self.capacity - 1}"
-        ordered = self._eviction.order()
         assert len(ordered) == len(set(ordered)), f"{len(ordered)} evictable, but only {len(set(ordered))} distinct"
         odd = set(ordered) ^ set(residents)
         assert not odd, f"either resident or in an order, not both: {odd}"
-        assert self._arriving <= set(residents), f"arriving without a slot: {self._arriving - set(residents)}"
-        assert all(count > 0 for count in self._locks.values()), f"lock counts below 1: {self._locks}"
+        assert arriving <= set(residents), f"arriving without a slot: {arriving - set(residents)}"
+        assert all(count > 0 for count in locks.values()), f"lock counts below 1: {locks}"
         assert self.capacity >= self.layers * self.floor, f"{self.capacity} slots < {self.layers} x {self.floor}"
-        self._eviction.check_integrity()
         if idle:
-            assert not self._locks, f"{len(self._locks)} experts are locked: {self._locks}"
-            assert not self._arriving, f"{len(self._arriving)} experts are arriving: {self._arriving}"
+            assert not locks, f"{len(locks)} experts are locked: {locks}"
+            assert not arriving, f"{len(arriving)} experts are arriving: {arriving}"
 
-    def _coldest(
-        self, capacity: int, beyond: list[tuple[ExpertId, int]]
-    ) -> tuple[list[tuple[ExpertId, int]], list[tuple[ExpertId, int]]]:
-        """Who leaves so that `capacity` remain, and who has to move then, each with the slot."""
-        first = self._eviction.order()[: max(0, len(self) - capacity)]
-        lost = {expert: self._slots[expert[0]][expert] for expert in first}
-        return list(lost.items()), [(expert, slot) for expert, slot in beyond if expert not in lost]
-
-    def _release(self, expert: ExpertId) -> int:
-        self._table.remove(expert)
-        self._eviction.remove(expert)
-        return self._slots[expert[0]].pop(expert)
+    def _coldest(self, capacity: int) -> dict[ExpertId, int]:
+        """Who leaves so that `capacity` remain, each with the slot."""
+        residents = self.residents()
+        return {expert: residents[expert] for expert in self.order()[: max(0, len(residents) - capacity)]}
 
     def _require_floors(self, capacity: int) -> None:
         if capacity < self.layers * self.floor:
@@ -340,16 +285,44 @@ class ExpertCache:
             )
 
     def _require_idle(self, experts: Sequence[ExpertId]) -> None:
-        busy = [expert for expert in experts if expert in self._locks or expert in self._arriving]
+        locks, arriving = self._lock_counts(), self._arriving()
+        busy = [expert for expert in experts if expert in locks or expert in arriving]
         if busy:
             raise SlotInUseError(f"{len(busy)} of {len(experts)} experts are locked or arriving, first {busy[0]}.")
 
-    def _start(self, policy: EvictionPolicy) -> None:
-        """Begin with no residents."""
-        self._policy = policy
-        self._slots: list[dict[ExpertId, int]] = [{} for _ in range(self.layers)]
-        self._free = list(range(self.capacity - 1, -1, -1))  # a stack, lowest slot on top
-        self._arriving: set[ExpertId] = set()
-        self._locks: dict[ExpertId, int] = {}
-        self._eviction = Eviction(policy, self._slots, self.floor, self._locks, self._arriving)
-        self._table.replace({})
+    # The books themselves
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Begin with `capacity` free slots and a new policy."""
+
+    @abstractmethod
+    def _release(self, expert: ExpertId) -> None:
+        """A resident's slot is free."""
+
+    @abstractmethod
+    def _place(self, expert: ExpertId, slot: int) -> None:
+        """A resident is in another slot; `_resized` follows."""
+
+    @abstractmethod
+    def _resized(self) -> None:
+        """`capacity` is another one; all residents have slots below it."""
+
+    @abstractmethod
+    def _free_slots(self) -> list[int]: ...
+
+    @abstractmethod
+    def _arriving(self) -> set[ExpertId]:
+        """A copy."""
+
+    @abstractmethod
+    def _lock_counts(self) -> dict[ExpertId, int]:
+        """A copy; of those who are locked."""
+
+    @abstractmethod
+    def _unlock_all(self) -> None:
+        """Also after books were left half-written."""
+
+    @abstractmethod
+    def _check_policy(self) -> None:
+        """Raise one of the errors of `recover` where the policy's own books are half-written."""

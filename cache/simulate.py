@@ -16,6 +16,7 @@ from .expert import ExpertId, Lookup
 from .hybrid import Cost, TierCosts, ends
 from .machine import Machine, ModelShape, link_speed
 from .manager import ExpertCache
+from .plain_cache import PlainCache
 from .policy import get_policy
 from .replay import Step
 from .routing import Routing
@@ -221,7 +222,7 @@ class _Run:
         slots, shape = self._setup.ram_slots, self._setup.shape
         if slots == shape.layers * shape.experts:
             return None
-        ram = ExpertCache(slots, get_policy(POLICY, slots, shape.layers * shape.top_k), shape.layers, shape.top_k)
+        ram = PlainCache(slots, get_policy(POLICY, slots, shape.layers * shape.top_k), shape.layers, shape.top_k)
         outside = [expert for expert in routing.by_popularity() if expert not in self._strategy]
         for expert in reversed(outside[:slots]):  # the most popular last: it leaves last
             ram.admit(expert)

@@ -9,6 +9,7 @@ from typing import Protocol
 from .expert import ExpertId, Lookup
 from .hybrid import Split, TierCosts, upload_budget
 from .manager import ExpertCache
+from .plain_cache import PlainCache
 from .policy import get_policy, policy_names
 from .renewal import Renewal
 from .replay import Step
@@ -124,7 +125,7 @@ class CopyMisses:
     def __init__(self, slots: int, costs: TierCosts, routing: Routing, policy: str) -> None:
         self.costs = costs
         layers, floor = routing.layers, routing.top_k
-        self.cache = ExpertCache(slots, get_policy(policy, slots, layers * floor), layers, floor)
+        self.cache = PlainCache(slots, get_policy(policy, slots, layers * floor), layers, floor)
         for expert in reversed(_fill(slots, routing)):  # the most popular last: it leaves last
             self.cache.admit(expert)
             self.cache.arrived(expert)

@@ -9,7 +9,6 @@ from statistics import median
 import torch
 
 from ..cache.hybrid import Cost, TierCosts
-from ..cache.manager import ExpertCache
 from ..cache.units import format_bytes
 from ..quant.codecs import ExpertShape
 from ..quant.kernels import ExpertJob, ExpertKernels, ResidentKernels
@@ -18,7 +17,7 @@ from .config import OffloadConfig
 from .device import Device, TorchDevice, default_device
 from .device_runtime import DeviceRuntime
 from .errors import VramBudgetError
-from .eviction import make_policy
+from .native_cache import make_cache
 from .placement import LEAVE_FREE, VramNeeds, VramPlan, plan_vram
 from .runtime import ExpertRuntime
 from .source import OnNotice
@@ -101,8 +100,7 @@ def make_device_runtime(
                 f"{device.name} has room for {slots.capacity:,} of the {plan.slots:,} expert slots that were planned"
             )
         floor = max(1, min(top_k, slots.capacity // layers))
-        policy = make_policy(config.policy, slots.capacity, layers * floor, experts)
-        cache = ExpertCache(slots.capacity, policy, layers, floor)
+        cache = make_cache(config.policy, slots.capacity, layers * floor, experts, floor)
         costs = measure_costs(device, slots, ram, kernels[0], hidden[0])
         runtime = DeviceRuntime(device, cache, slots, ram, kernels, experts, costs, config.deterministic)
         runtime.stats.link_peak = record / costs.copy.each if costs.copy.each else None

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..cache.manager import ExpertCache
 from ..cache.stats import RunStats
 from ..quant.triton_kernels import load_triton
 from . import hf, memory
@@ -18,13 +17,13 @@ from .device import Device, memory_errors
 from .device_runtime import DeviceRuntime
 from .device_tier import make_device_runtime, open_device, warm_up
 from .errors import DataError, UsageError, VramBudgetError
-from .eviction import make_policy
 from .experts import make_device_kernels, make_kernels, open_pool
 from .foresight import foresee
 from .generate import Chunk, Completion, Sequence, stream_answer
 from .hf_families import STEPWISE
 from .hf_norms import fuse_norms
 from .lean import make_lean_decoder
+from .native_cache import make_cache
 from .planning import plan_load
 from .popularity import Popularity
 from .predictor import RouterPredictor
@@ -134,13 +133,12 @@ class Model:
             store=str(self.path.resolve()),
         )
         experts = [layer.num_experts for layer in layers]
+        slots = RamSlots(plan.slots, store.record_bytes)
+        table, floor = RamTable(slots, experts), max(layer.top_k for layer in layers)
         try:
-            policy = make_policy(config.policy, plan.slots, needs.floor, experts)
+            cache = make_cache(config.policy, plan.slots, needs.floor, experts, floor, table)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        slots = RamSlots(plan.slots, store.record_bytes)
-        table = RamTable(slots, experts)
-        cache = ExpertCache(plan.slots, policy, len(layers), max(layer.top_k for layer in layers), table)
         transfers = ThreadedTransfers(store, self._stats, config.readers)
         ahead = Prefetcher(cache, slots, transfers, self._stats, experts=experts) if config.prefetch else NoPrefetch()
         self._popularity = Popularity(store.path, manifest)

@@ -52,17 +52,25 @@ class Reads:
 
     def start(self) -> None:
         """Start as many reads as there are slots for."""
-        while self._waiting and (self._keep is None or len(self._flying) < self._most):
+        if self._keep is None:
+            self._begin(tuple(self._waiting), transient=False)
+            return
+        while self._waiting and len(self._flying) < self._most:
             expert = self._waiting[0]
-            transient = self._keep is not None and expert.index not in self._keep
-            admission = self._cache.admit(expert, transient)
-            if admission is None:
+            if not self._begin((expert,), expert.index not in self._keep):
                 return
-            self._prefetch.evicted(admission.evicted)
-            self._waiting.popleft()
-            self._flying[expert] = self._transfers.fetch(expert, self._slots.view(admission.slot), Urgency.DEMAND)
-            self._cache.lock((expert,))
-            self._locked.add(expert)
+
+    def _begin(self, experts: tuple[ExpertId, ...], transient: bool) -> int:
+        """Start to read the first of those that wait, as many as get slots; how many that are."""
+        admissions = self._cache.admit_all(experts, transient) if experts else []
+        for slot, evicted in admissions:
+            self._prefetch.evicted(evicted)
+            expert = self._waiting.popleft()
+            self._flying[expert] = self._transfers.fetch(expert, self._slots.view(slot), Urgency.DEMAND)
+        begun = experts[: len(admissions)]
+        self._cache.lock(begun)
+        self._locked.update(begun)
+        return len(begun)
 
     def next(self) -> list[ExpertId]:
         """The experts that have arrived since, at least one; empty when all are through."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import native_build
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 
 class NativeError(RuntimeError):
@@ -55,11 +55,19 @@ _FUNCTIONS = {
     "pm_combine": ((_POINTER, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER), _INT),
     "pm_replay": ((_POINTER, ctypes.c_char_p, _SIZE, _POINTER), _INT),
     "pm_lru_depths": ((_POINTER, _POINTER), _INT),
-    "pm_estimates_create": ((_INT, _POINTER, _SIZE, _POINTER), _POINTER),
-    "pm_estimates_destroy": ((_POINTER,), None),
-    "pm_estimates_use": ((_POINTER, _INT, _POINTER, _SIZE), _INT),
-    "pm_estimates_after": ((_POINTER, _INT, _INT), _INT),
-    "pm_estimates_tick": ((_POINTER,), _INT),
+    "pm_cache_create": ((ctypes.c_char_p, _POINTER), _POINTER),
+    "pm_cache_destroy": ((_POINTER,), None),
+    "pm_cache_count": ((_POINTER,), _SIZE),
+    "pm_cache_lookup": ((_POINTER, _INT, _POINTER, _SIZE, _INT, _POINTER), _INT),
+    "pm_cache_admit": ((_POINTER, _INT, _POINTER, _SIZE, _INT, _POINTER, _POINTER), _INT),
+    "pm_cache_victim": ((_POINTER, _INT), _INT),
+    "pm_cache_release": ((_POINTER, _INT), _INT),
+    "pm_cache_is_transient": ((_POINTER, _INT), _INT),
+    "pm_cache_demote": ((_POINTER, _INT), _INT),
+    "pm_cache_promote": ((_POINTER, _INT), _INT),
+    "pm_cache_tick": ((_POINTER,), _INT),
+    "pm_cache_resize": ((_POINTER, _SIZE), _INT),
+    "pm_cache_order": ((_POINTER, _POINTER), _INT),
     "pm_stream": ((_POINTER, _POINTER, _POINTER, _SIZE), ctypes.c_uint64),
 }
 
@@ -75,10 +83,13 @@ class NativeLibrary:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.c = ctypes.CDLL(str(path))
+        self.short = ctypes.PyDLL(str(path))
+        """The same for calls of microseconds, during which no other thread takes over and keeps the caller waiting."""
         try:
             for name, (arguments, result) in _FUNCTIONS.items():
-                function = getattr(self.c, name)
-                function.argtypes, function.restype = arguments, result
+                for library in (self.c, self.short):
+                    function = getattr(library, name)
+                    function.argtypes, function.restype = arguments, result
         except AttributeError:
             raise NativeError(f"{path} is of another version") from None
         if self.c.pm_abi_version() != ABI_VERSION:

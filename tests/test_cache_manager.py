@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pocketmoe.cache.expert import ExpertId, Lookup
 from pocketmoe.cache.manager import Admission, ExpertCache, SlotInUseError
+from pocketmoe.cache.plain_cache import PlainCache
 from pocketmoe.cache.policy import get_policy, policy_names
+from pocketmoe.offload.native_cache import NativeCache
+from pocketmoe.quant.native_library import load_native
+
+WITH_LIBRARY = pytest.mark.skipif(load_native() is None, reason="the native library is not built")
+EXPERTS = 20  # per layer, of the native ones
 
 
-def make(capacity: int = 8, layers: int = 2, floor: int = 2, policy: str = "lru") -> ExpertCache:
-    return ExpertCache(capacity, get_policy(policy, capacity, layers * floor), layers, floor)
+class Make(Protocol):
+    def __call__(self, capacity: int = 8, layers: int = 2, floor: int = 2, policy: str = "lru") -> ExpertCache: ...
+
+
+def plain(capacity: int = 8, layers: int = 2, floor: int = 2, policy: str = "lru") -> PlainCache:
+    return PlainCache(capacity, get_policy(policy, capacity, layers * floor), layers, floor)
+
+
+def native(capacity: int = 8, layers: int = 2, floor: int = 2, policy: str = "lru") -> NativeCache:
+    library = load_native()
+    assert library is not None
+    return NativeCache(library, policy, capacity, layers * floor, [EXPERTS] * layers, floor)
+
+
+@pytest.fixture(params=[plain, pytest.param(native, marks=WITH_LIBRARY)])
+def make(request) -> Make:
+    return request.param
 
 
 def bring(cache: ExpertCache, *pairs: tuple[int, int], transient: bool = False) -> list[Admission]:
@@ -32,14 +55,14 @@ def evicted(admission: Admission | None) -> tuple[int, int] | None:
     return admission.evicted
 
 
-def test_a_capacity_below_the_floors_is_refused_with_the_numbers():
+def test_a_capacity_below_the_floors_is_refused_with_the_numbers(make):
     with pytest.raises(ValueError, match=r"^7 slots .* 2 layers .* 4 experts need 8"):
         make(capacity=7, floor=4)
     with pytest.raises(ValueError, match="at least 1 layer"):
         make(layers=0)
 
 
-def test_lookup_splits_distinct_experts_in_the_order_of_the_request():
+def test_lookup_splits_distinct_experts_in_the_order_of_the_request(make):
     cache = make()
     bring(cache, (0, 3), (0, 1))
     assert cache.lookup(0, [1, 5, 3, 5, 0]) == (((0, 1), (0, 3)), ((0, 5), (0, 0)))
@@ -47,7 +70,7 @@ def test_lookup_splits_distinct_experts_in_the_order_of_the_request():
     assert cache.lookup(1, []) == Lookup((), ())
 
 
-def test_an_arriving_expert_is_a_miss_that_needs_no_new_read():
+def test_an_arriving_expert_is_a_miss_that_needs_no_new_read(make):
     cache = make()
     assert cache.admit(ExpertId(0, 1)) == Admission(slot=0, evicted=None)
     assert cache.lookup(0, [1]).misses == ((0, 1),)
@@ -57,7 +80,7 @@ def test_an_arriving_expert_is_a_miss_that_needs_no_new_read():
     assert cache.lookup(0, [1]).hits == ((0, 1),)
 
 
-def test_a_victims_slot_goes_to_the_admitted_expert():
+def test_a_victims_slot_goes_to_the_admitted_expert(make):
     cache = make(capacity=4)
     bring(cache, (0, 0), (0, 1), (1, 0), (1, 1))
     cache.lookup(0, [0])
@@ -66,7 +89,7 @@ def test_a_victims_slot_goes_to_the_admitted_expert():
     assert cache.slot_of(ExpertId(0, 2)) == 1
 
 
-def test_the_victim_is_known_before_the_admission_that_makes_it_leave():
+def test_the_victim_is_known_before_the_admission_that_makes_it_leave(make):
     cache = make(capacity=4)
     bring(cache, (0, 0), (0, 1), (1, 0))
     assert cache.next_victim(0) is None  # a slot is free
@@ -76,7 +99,7 @@ def test_the_victim_is_known_before_the_admission_that_makes_it_leave():
         assert cache.next_victim(1) == (0, 1) == evicted(cache.admit(ExpertId(1, 1)))
 
 
-def test_an_admission_takes_no_other_layer_below_its_floor():
+def test_an_admission_takes_no_other_layer_below_its_floor(make):
     cache = make(capacity=5)
     bring(cache, (0, 0), (0, 1), (0, 2), (1, 0), (1, 1))
     assert evicted(cache.admit(ExpertId(1, 2))) == (0, 0)
@@ -84,7 +107,7 @@ def test_an_admission_takes_no_other_layer_below_its_floor():
     assert cache.resident_count(0) == 2
 
 
-def test_a_layer_may_fall_below_its_floor_only_for_itself():
+def test_a_layer_may_fall_below_its_floor_only_for_itself(make):
     cache = make(capacity=4)
     bring(cache, (0, 0), (1, 0), (1, 1), (1, 2))
     assert evicted(cache.admit(ExpertId(0, 1))) == (0, 0)
@@ -93,7 +116,7 @@ def test_a_layer_may_fall_below_its_floor_only_for_itself():
     cache.check_integrity()
 
 
-def test_locked_and_arriving_experts_never_leave_and_admit_says_so():
+def test_locked_and_arriving_experts_never_leave_and_admit_says_so(make):
     cache = make(capacity=4)
     bring(cache, (0, 0), (0, 1), (0, 2))
     with cache.locked([ExpertId(0, 0), ExpertId(0, 2)]):
@@ -106,7 +129,7 @@ def test_locked_and_arriving_experts_never_leave_and_admit_says_so():
     assert evicted(cache.admit(ExpertId(0, 3))) == (0, 0)
 
 
-def test_locks_are_counted_and_released_by_an_exception():
+def test_locks_are_counted_and_released_by_an_exception(make):
     cache = make(capacity=4)
     bring(cache, (0, 0), (0, 1), (1, 0), (1, 1))
     oldest = ExpertId(0, 0)
@@ -120,7 +143,7 @@ def test_locks_are_counted_and_released_by_an_exception():
         cache.unlock([oldest])
 
 
-def test_a_lookup_can_be_locked_before_its_misses_are_admitted():
+def test_a_lookup_can_be_locked_before_its_misses_are_admitted(make):
     cache = make(capacity=4)
     bring(cache, (0, 0), (0, 1), (1, 0), (1, 1))
     wanted = cache.lookup(0, [1, 2])
@@ -132,7 +155,7 @@ def test_a_lookup_can_be_locked_before_its_misses_are_admitted():
     assert evicted(cache.admit(ExpertId(0, 3))) == (0, 1)
 
 
-def test_transient_experts_leave_first_and_the_oldest_of_them_first():
+def test_transient_experts_leave_first_and_the_oldest_of_them_first(make):
     cache = make(capacity=6)
     bring(cache, (0, 0), (0, 1), (0, 2))
     bring(cache, (0, 3), (0, 4), transient=True)
@@ -140,7 +163,7 @@ def test_transient_experts_leave_first_and_the_oldest_of_them_first():
     assert [evicted(cache.admit(ExpertId(1, index))) for index in (1, 2, 3)] == [(0, 3), (0, 4), (0, 0)]
 
 
-def test_a_transient_expert_leaves_before_older_experts_of_other_layers():
+def test_a_transient_expert_leaves_before_older_experts_of_other_layers(make):
     cache = make(capacity=6)
     bring(cache, (0, 0), (0, 1), (0, 2))
     for _ in range(20):
@@ -150,7 +173,7 @@ def test_a_transient_expert_leaves_before_older_experts_of_other_layers():
     assert evicted(cache.admit(ExpertId(0, 3))) == (1, 0)
 
 
-def test_an_expert_can_leave_as_soon_as_it_has_arrived():
+def test_an_expert_can_leave_as_soon_as_it_has_arrived(make):
     cache = make(capacity=5)
     bring(cache, (1, 0), (1, 1))
     for index in range(3):
@@ -162,7 +185,7 @@ def test_an_expert_can_leave_as_soon_as_it_has_arrived():
     assert evicted(cache.admit(ExpertId(1, 3))) == (0, 1)
 
 
-def test_a_requested_transient_expert_joins_the_policy_unless_told_otherwise():
+def test_a_requested_transient_expert_joins_the_policy_unless_told_otherwise(make):
     cache = make(capacity=6)
     bring(cache, (0, 3), (0, 4), transient=True)
     bring(cache, (0, 0), (0, 1), (1, 0), (1, 1))
@@ -172,14 +195,14 @@ def test_a_requested_transient_expert_joins_the_policy_unless_told_otherwise():
     assert [evicted(cache.admit(ExpertId(1, index))) for index in (2, 3)] == [(0, 4), (0, 0)]
 
 
-def test_a_transient_expert_chosen_while_arriving_joins_the_policy():
+def test_a_transient_expert_chosen_while_arriving_joins_the_policy(make):
     cache = make(capacity=6)
     cache.admit(ExpertId(0, 0), transient=True)
     assert cache.lookup(0, [0]).misses == ((0, 0),)
     assert not cache.is_transient(ExpertId(0, 0))
 
 
-def test_an_abandoned_read_frees_its_slot():
+def test_an_abandoned_read_frees_its_slot(make):
     cache = make(capacity=4)
     bring(cache, (0, 0), (0, 1), (1, 0), (1, 1))
     admission = cache.admit(ExpertId(0, 2), transient=True)
@@ -193,7 +216,7 @@ def test_an_abandoned_read_frees_its_slot():
         cache.abandon(ExpertId(0, 2))
 
 
-def test_recovering_frees_what_was_arriving_or_locked_and_keeps_the_others():
+def test_recovering_frees_what_was_arriving_or_locked_and_keeps_the_others(make):
     cache = make(capacity=6)
     bring(cache, (0, 0), (0, 1), (1, 0), (1, 1))
     cache.admit(ExpertId(0, 2))
@@ -224,7 +247,7 @@ def test_recovering_from_half_written_books_begins_anew(policy):
             (books.get("_level") or books["_keys"]).popitem()
 
     for torn in (slot_lost, half_evicted, half_admitted, torn_order):
-        cache = make(capacity=6, policy=policy)
+        cache = plain(capacity=6, policy=policy)
         cache.resize(7)
         bring(cache, (0, 0), (0, 1), (1, 0), (1, 1))
         list(cache._policy.victims(0))
@@ -236,7 +259,7 @@ def test_recovering_from_half_written_books_begins_anew(policy):
         assert len(cache) == 7
 
 
-def test_admitting_a_resident_expert_is_a_bug_of_the_caller():
+def test_admitting_a_resident_expert_is_a_bug_of_the_caller(make):
     cache = make()
     bring(cache, (0, 0))
     with pytest.raises(AssertionError, match="resident already, in slot 0"):
@@ -245,7 +268,7 @@ def test_admitting_a_resident_expert_is_a_bug_of_the_caller():
         cache.admit(ExpertId(2, 0))
 
 
-def test_shrinking_empties_the_highest_slots_and_growing_adds_free_ones():
+def test_shrinking_empties_the_highest_slots_and_growing_adds_free_ones(make):
     cache = make(capacity=6)
     bring(cache, (0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2))
     assert sorted(cache.resize(4)) == [((0, 2), 4), ((1, 2), 5)]
@@ -258,18 +281,18 @@ def test_shrinking_empties_the_highest_slots_and_growing_adds_free_ones():
         cache.resize(3)
 
 
-def test_where_records_can_move_the_first_victims_leave_instead():
+def test_where_records_can_move_the_first_victims_leave_instead(make):
     cache, moves = make(capacity=6), []
     bring(cache, (0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2))
     lost = cache.resize(4, lambda *move: moves.append(move))
     assert sorted(lost) == [((0, 0), 0), ((0, 1), 1)]
-    assert moves == [((0, 2), 4, 1), ((1, 2), 5, 0)]
-    assert cache.residents() == {(1, 0): 2, (1, 1): 3, (0, 2): 1, (1, 2): 0}
+    assert moves == [((0, 2), 4, 0), ((1, 2), 5, 1)]
+    assert cache.residents() == {(1, 0): 2, (1, 1): 3, (0, 2): 0, (1, 2): 1}
     cache.check_integrity(idle=True)
 
 
 @pytest.mark.parametrize("busy", ["locked", "arriving"])
-def test_shrinking_and_clearing_refuse_while_a_slot_is_in_use_and_change_nothing(busy):
+def test_shrinking_and_clearing_refuse_while_a_slot_is_in_use_and_change_nothing(make, busy):
     cache = make(capacity=5)
     bring(cache, (0, 0), (0, 1), (1, 0), (1, 1))
     cache.admit(last := ExpertId(1, 2))
@@ -284,7 +307,7 @@ def test_shrinking_and_clearing_refuse_while_a_slot_is_in_use_and_change_nothing
         cache.check_integrity()
 
 
-def test_a_cleared_cache_is_empty_and_usable():
+def test_a_cleared_cache_is_empty_and_usable(make):
     cache = make(capacity=4)
     bring(cache, (0, 0), (1, 0))
     bring(cache, (0, 1), transient=True)
@@ -298,16 +321,16 @@ def test_check_integrity_notices_what_does_not_balance():
     for spoil, message in [
         (lambda cache: cache._slots[0].update({ExpertId(0, 0): 1}), "slots used and free"),
         (lambda cache: cache._policy.remove(ExpertId(0, 0)), "not both"),
-        (lambda cache: cache._arriving.add(ExpertId(1, 7)), "without a slot"),
+        (lambda cache: cache._coming.add(ExpertId(1, 7)), "without a slot"),
         (lambda cache: cache._locks.update({ExpertId(0, 0): 0}), "lock counts"),
         (lambda cache: (cache._eviction.victim(0), cache._eviction._heads.reverse()), "remembered"),
     ]:
-        cache = make()
+        cache = plain()
         bring(cache, (0, 0), (0, 1), (1, 0))
         spoil(cache)
         with pytest.raises(AssertionError, match=message):
             cache.check_integrity()
-    cache = make()
+    cache = plain()
     cache.lock([ExpertId(0, 0)])
     with pytest.raises(AssertionError, match="1 experts are locked"):
         cache.check_integrity(idle=True)
@@ -316,19 +339,20 @@ def test_check_integrity_notices_what_does_not_balance():
 class AnySchedule(RuleBasedStateMachine):
     """Any operations in any order: the books balance, and every victim is the one that a full search would find."""
 
-    LAYERS, FLOOR, EXPERTS = 3, 2, 6
+    LAYERS, FLOOR = 3, 2
+    make: Make
     layer = st.integers(0, LAYERS - 1)
-    index = st.integers(0, EXPERTS - 1)
+    index = st.integers(0, 5)
 
     @initialize(name=st.sampled_from(policy_names()), extra=st.integers(0, 5))
     def start(self, name, extra):
-        self.cache = make(self.LAYERS * self.FLOOR + extra, self.LAYERS, self.FLOOR, name)
+        self.cache = type(self).make(self.LAYERS * self.FLOOR + extra, self.LAYERS, self.FLOOR, name)
         self.arriving: set[ExpertId] = set()
         self.locked: list[ExpertId] = []
 
     def expected_victim(self, layer: int) -> ExpertId | None:
         cache = self.cache
-        for expert in cache._eviction.order():
+        for expert in cache.order():
             if expert in self.arriving or expert in self.locked:
                 continue
             if expert.layer == layer or cache.resident_count(expert.layer) > self.FLOOR:
@@ -416,5 +440,11 @@ class AnySchedule(RuleBasedStateMachine):
             self.cache.check_integrity()
 
 
-AnySchedule.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None, derandomize=True)
-TestAnySchedule = AnySchedule.TestCase
+def schedules(of: Make) -> type:
+    case = type("Schedules", (AnySchedule,), {"make": staticmethod(of)}).TestCase
+    case.settings = settings(max_examples=80, stateful_step_count=50, deadline=None, derandomize=True)
+    return case
+
+
+TestAnySchedule = schedules(plain)
+TestAnyScheduleNative = WITH_LIBRARY(schedules(native))

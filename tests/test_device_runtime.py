@@ -10,7 +10,7 @@ import torch
 from fakes_runtime import EXPERTS, HIDDEN, LAYERS, RECORD, TOP_K, FakeKernels, FakeReader, Interruption, found_jobs
 from pocketmoe.cache.expert import ExpertId
 from pocketmoe.cache.hybrid import Cost, TierCosts
-from pocketmoe.cache.manager import ExpertCache
+from pocketmoe.cache.plain_cache import PlainCache
 from pocketmoe.cache.policy import get_policy
 from pocketmoe.cache.stats import RunStats
 from pocketmoe.cache.trace import TraceWriter
@@ -61,14 +61,14 @@ class World:
     ) -> None:
         self.device = device or SimulatedDevice()
         self.stats = RunStats(LAYERS, RECORD)
-        below, pool = ExpertCache(ram, get_policy("lru", ram, LAYERS * TOP_K), LAYERS, TOP_K), RamSlots(ram, RECORD)
+        below, pool = PlainCache(ram, get_policy("lru", ram, LAYERS * TOP_K), LAYERS, TOP_K), RamSlots(ram, RECORD)
         self.reader, self.on_cpu = FakeReader(), FakeKernels()
         self.finder = FindingKernels()
         self.on_device = self.finder if finds else FakeKernels()
         transfers = (ThreadedTransfers if threaded else SyncTransfers)(self.reader, self.stats)
         ahead = Prefetcher(below, pool, transfers, self.stats)
         self.ram = ExpertRuntime(below, pool, transfers, [self.on_cpu] * LAYERS, self.stats, ahead, None, recorder)
-        self.cache = ExpertCache(slots, get_policy("lru", slots, LAYERS), LAYERS, max(1, min(TOP_K, slots // LAYERS)))
+        self.cache = PlainCache(slots, get_policy("lru", slots, LAYERS), LAYERS, max(1, min(TOP_K, slots // LAYERS)))
         on_device = self.finder.slots = DeviceSlots(self.device, slots, RECORD)
         self.runtime = DeviceRuntime(
             self.device,

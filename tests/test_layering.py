@@ -18,18 +18,18 @@ MOST_LINES = 400
 # A file imports only files to its left. Those that are not named here are free, as long as nothing goes in circles.
 ORDER = {
     "quant": (
-        "int4 int8 mxfp4 nf4 codecs kernels native_estimates native_replay native native_step native_layers "
+        "int4 int8 mxfp4 nf4 codecs kernels native_replay native native_step native_layers "
         "native_edges triton_kernels linear triton_linear"
     ),
     "cache": (
         "expert units json_fields whole_file order published forecast analog hybrid policy eviction "
-        "manager renewal trace history replay counters device_stats saved_stats cost advice machine "
+        "manager plain_cache renewal trace history replay counters device_stats saved_stats cost advice machine "
         "routing strategies simulate verdict report sections report_text charts report_html stats "
         "past_runs answer_line self_test"
     ),
     # `hf` stands low: whoever needs to know transformers' internals asks it, so that no other file touches them.
     "offload": (
-        "errors eviction packed_scheme config estimate memory placement contexts workspace outline device pages "
+        "errors native_cache packed_scheme config estimate memory placement contexts workspace outline device pages "
         "simulated_device resident_table source apart template_worker templates checkpoint_files "
         "hub_name naming hub hf_families kv_cache hf_experts hf_norms hf gptq_awq prequantized hf_keys "
         "hf_layers foresight sizes byte_level tiktoken_file checkpoint hub_source fit convert store "

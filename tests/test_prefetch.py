@@ -6,7 +6,7 @@ import random
 
 import pytest
 from pocketmoe.cache.expert import ExpertId
-from pocketmoe.cache.manager import ExpertCache
+from pocketmoe.cache.plain_cache import PlainCache
 from pocketmoe.cache.policy import get_policy
 from pocketmoe.cache.stats import RunStats
 from pocketmoe.offload.prefetch import NoPrefetch, Prefetcher
@@ -67,7 +67,7 @@ class Bench:
     """A cache of two layers with a prefetcher."""
 
     def __init__(self, capacity=CAPACITY, depth=16, transfers=None):
-        self.cache = ExpertCache(capacity, get_policy("lru", capacity, 2 * FLOOR), 2, FLOOR)
+        self.cache = PlainCache(capacity, get_policy("lru", capacity, 2 * FLOOR), 2, FLOOR)
         self.slots = RamSlots(capacity, RECORD)
         self.stats = RunStats(2, RECORD, slots=capacity)
         self.transfers = transfers or ManualTransfers()

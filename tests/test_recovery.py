@@ -8,9 +8,10 @@ import pytest
 import torch
 from fakes_runtime import EXPERTS, HIDDEN, LAYERS, RECORD, TOP_K, FakeKernels, FakeReader, Interruption
 from pocketmoe.cache.expert import ExpertId
-from pocketmoe.cache.manager import ExpertCache
+from pocketmoe.cache.plain_cache import PlainCache
 from pocketmoe.cache.policy import get_policy, policy_names
 from pocketmoe.cache.stats import RunStats
+from pocketmoe.offload.native_cache import make_cache
 from pocketmoe.offload.prefetch import NoPrefetch, Prefetcher
 from pocketmoe.offload.ram_table import RamTable
 from pocketmoe.offload.runtime import Assignment, ExpertRuntime
@@ -24,18 +25,22 @@ BOOKING = ("offload.reads", "offload.prefetch", "offload.warm_start")
 ALL = (
     *BOOKING,
     *("offload.runtime", "offload.transfer", "offload.recovery"),
-    *("cache.manager", "cache.eviction", "cache.order", "cache.published", "cache.analog"),
+    *("cache.manager", "cache.plain_cache", "cache.eviction", "cache.order", "cache.published", "cache.analog"),
 )
 
 
 class World:
     """A runtime whose slots are full, so that every read takes somebody's place."""
 
-    def __init__(self, policy: str) -> None:
+    def __init__(self, policy: str, plain: bool = True) -> None:
         stats, self.kernels = RunStats(LAYERS, RECORD), FakeKernels()
         self.slots = slots = RamSlots(SLOTS, RECORD)
         self.table = RamTable(slots, [EXPERTS] * LAYERS)
-        self.cache = ExpertCache(SLOTS, get_policy(policy, SLOTS, LAYERS * TOP_K), LAYERS, TOP_K, self.table)
+        cycle = LAYERS * TOP_K
+        if plain:
+            self.cache = PlainCache(SLOTS, get_policy(policy, SLOTS, cycle), LAYERS, TOP_K, self.table)
+        else:
+            self.cache = make_cache(policy, SLOTS, cycle, [EXPERTS] * LAYERS, TOP_K, self.table)
         self.transfers = ThreadedTransfers(FakeReader(), stats, readers=1)
         ahead = Prefetcher(self.cache, slots, self.transfers, stats)
         ahead = WarmStart(ahead, self.cache, slots, self.transfers, [ExpertId(2, 7), ExpertId(2, 6)])
@@ -72,11 +77,11 @@ class World:
         assert listed == {expert: self.slots.record(slot).data_ptr() for expert, slot in residents}
 
 
-def interrupt_everywhere(policy: str, files: tuple[str, ...]) -> int:
+def interrupt_everywhere(policy: str, files: tuple[str, ...], plain: bool = True) -> int:
     """A new world for each line that is executed, until a forward passes undisturbed; returns how many there were."""
     at, happened = 0, True
     while happened:
-        world = World(policy)
+        world = World(policy, plain)
         with Interruption(files, at) as interruption, contextlib.suppress(KeyboardInterrupt):
             world.forward()
         happened = interruption.happened
@@ -89,13 +94,18 @@ def interrupt_everywhere(policy: str, files: tuple[str, ...]) -> int:
 
 
 def test_after_an_interruption_while_reads_are_booked_the_next_forward_works():
-    assert interrupt_everywhere("analog", BOOKING) > 100
+    assert interrupt_everywhere("analog", BOOKING, plain=False) > 100
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", policy_names())
 def test_after_an_interruption_anywhere_the_next_forward_works(policy):
     assert interrupt_everywhere(policy, ALL) > 1000
+
+
+@pytest.mark.slow
+def test_after_an_interruption_anywhere_in_the_compiled_cache_the_next_forward_works():
+    assert interrupt_everywhere("analog", (*ALL, "offload.native_cache"), plain=False) > 500
 
 
 def test_an_interrupted_recovery_is_made_up_for_before_the_next_forward(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 from pocketmoe.cache.expert import ExpertId
 from pocketmoe.cache.hybrid import Cost, TierCosts
 from pocketmoe.cache.manager import ExpertCache
+from pocketmoe.cache.plain_cache import PlainCache
 from pocketmoe.cache.policy import get_policy
 from pocketmoe.cache.renewal import Renewal
 
@@ -15,7 +16,7 @@ OFTEN, OLD, LESS, RARE = (ExpertId(0, index) for index in range(4))
 
 def cache_of(*residents: ExpertId, slots: int = 0) -> ExpertCache:
     slots = slots or len(residents)
-    cache = ExpertCache(slots, get_policy("lru", slots, 1), layers=1, floor=1)
+    cache = PlainCache(slots, get_policy("lru", slots, 1), layers=1, floor=1)
     for expert in residents:
         cache.admit(expert)
         cache.arrived(expert)

@@ -10,7 +10,7 @@ import cachetools
 import numpy as np
 import pytest
 from pocketmoe.cache.expert import ExpertId
-from pocketmoe.cache.manager import ExpertCache
+from pocketmoe.cache.plain_cache import PlainCache
 from pocketmoe.cache.policy import get_policy, policy_names
 from pocketmoe.cache.replay import (
     OPTIMUM,
@@ -41,7 +41,7 @@ def served_by_the_runtimes_cache(trace: Trace, policy: str, slots: int) -> list[
     misses = [0] * trace.layers
     for number in np.unique(trace.seq):
         cycle = trace.layers * trace.top_k
-        cache = ExpertCache(slots, get_policy(policy, slots, cycle), trace.layers, trace.top_k)
+        cache = PlainCache(slots, get_policy(policy, slots, cycle), trace.layers, trace.top_k)
         for token in trace.experts[trace.seq == number].tolist():
             for layer, chosen in enumerate(token):
                 wanted = cache.lookup(layer, sorted(chosen))

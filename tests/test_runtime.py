@@ -9,7 +9,7 @@ import pytest
 import torch
 from fakes_runtime import EXPERTS, HIDDEN, LAYERS, RECORD, TOP_K, FakeKernels, FakeReader
 from pocketmoe.cache.expert import ExpertId
-from pocketmoe.cache.manager import ExpertCache
+from pocketmoe.cache.plain_cache import PlainCache
 from pocketmoe.cache.policy import get_policy
 from pocketmoe.cache.stats import RunStats
 from pocketmoe.offload.prefetch import NoPrefetch, Prefetcher
@@ -21,7 +21,7 @@ from pocketmoe.offload.transfer import SyncTransfers, ThreadedTransfers
 class World:
     def __init__(self, slots: int, prefetch: bool = False, threaded: bool = False) -> None:
         self.stats = RunStats(LAYERS, RECORD)
-        self.cache = ExpertCache(slots, get_policy("lru", slots, LAYERS * TOP_K), LAYERS, TOP_K)
+        self.cache = PlainCache(slots, get_policy("lru", slots, LAYERS * TOP_K), LAYERS, TOP_K)
         self.reader, self.kernels, pool = FakeReader(), FakeKernels(), RamSlots(slots, RECORD)
         make = ThreadedTransfers if threaded else SyncTransfers
         self.transfers = make(self.reader, self.stats)

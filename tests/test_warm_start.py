@@ -9,7 +9,7 @@ import tiny
 from fakes_runtime import FakeReader
 from fakes_store import FakeSource
 from pocketmoe.cache.expert import ExpertId
-from pocketmoe.cache.manager import ExpertCache
+from pocketmoe.cache.plain_cache import PlainCache
 from pocketmoe.cache.policy import get_policy
 from pocketmoe.cache.stats import RunStats
 from pocketmoe.offload.convert import convert
@@ -96,7 +96,7 @@ class Bench:
     """A cache of two layers that starts with these experts."""
 
     def __init__(self, *experts, transfers=None):
-        self.cache = ExpertCache(CAPACITY, get_policy("lru", CAPACITY, 2 * FLOOR), 2, FLOOR)
+        self.cache = PlainCache(CAPACITY, get_policy("lru", CAPACITY, 2 * FLOOR), 2, FLOOR)
         self.slots = RamSlots(CAPACITY, RECORD)
         self.transfers = transfers or ManualTransfers()
         self.warm = WarmStart(NoPrefetch(), self.cache, self.slots, self.transfers, experts)

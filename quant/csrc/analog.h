@@ -8,7 +8,7 @@ namespace pm {
 
 struct Analog : Policy {
     explicit Analog(const SlotPool& pool)
-        : Policy(pool), estimates(std::vector<int32_t>(pool.layers, pool.experts), pool.cycle, keys()) {}
+        : Policy(pool), estimates(pool, keys()) {}
 
     void insert(int32_t expert) override { use({expert}); }
     void touch(int32_t expert) override { use({expert}); }

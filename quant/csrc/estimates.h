@@ -13,18 +13,16 @@ namespace pm {
 class Estimates {
    public:
     // `ranks`: by expert, layer after layer, ABSENT for who is not resident; the owner's, who may make any ABSENT.
-    Estimates(const std::vector<int32_t>& experts, int64_t cycle, double* ranks)
-        : cycle_(cycle),
-          sharpness_(SHARPNESS / std::sqrt(static_cast<double>(std::max<int64_t>(cycle, 1)))),
+    Estimates(const SlotPool& pool, double* ranks)
+        : cycle_(pool.cycle),
+          sharpness_(SHARPNESS / std::sqrt(static_cast<double>(std::max<int64_t>(pool.cycle, 1)))),
           likeness_(WINDOW, 0) {
-        for (const int32_t count : experts) {
-            layers_.emplace_back(ranks, count);
-            ranks += count;
-        }
+        for (int32_t layer = 0; layer < pool.layers; layer++, ranks += pool.experts)
+            layers_.emplace_back(ranks, pool.experts);
     }
 
-    // Residents of a layer are chosen in this token. Returns whether that began the layer's turn.
-    bool use(int32_t index, const int32_t* experts, int64_t count) {
+    // Residents of a layer are chosen in this token.
+    void use(int32_t index, const int32_t* experts, int64_t count) {
         Layer& layer = layers_[index];
         const bool begins = layer.turn != token_;
         if (begins) enter(layer);
@@ -37,33 +35,12 @@ class Estimates {
             layer.last[expert] = token_ + instant;
             layer.ranks[expert] = instant - wait(layer, expert, SPAN) - token_;
         }
-        return begins;
     }
 
     void tick() {
         if (used_ > 0) remember(used_ <= cycle_);
         token_ += 1.0;
         used_ = 0;
-    }
-
-    // Who of the layer comes after `expert` in the order of ranks, the lowest expert first of equals; -1 after the
-    // last. `expert` negative: who is first.
-    int32_t after(int32_t layer, int32_t expert) const {
-        const double* const ranks = layers_[layer].ranks;
-        const double before = expert < 0 ? -ABSENT : ranks[expert];
-        double least = ABSENT;
-        int32_t next = -1;
-        for (int32_t other = 0; other < layers_[layer].experts; other++) {
-            if (!(ranks[other] < least) || ranks[other] < before) continue;
-            if (ranks[other] == before && other <= expert) continue;
-            least = ranks[other], next = other;
-        }
-        return next;
-    }
-
-    bool has(int32_t layer, int32_t expert) const {
-        return layer >= 0 && layer < static_cast<int32_t>(layers_.size()) && expert >= 0 &&
-               expert < layers_[layer].experts;
     }
 
    private:

@@ -15,7 +15,7 @@
 #endif
 
 // Raised whenever a structure or a signature below changes; quant/native_library.py refuses another number.
-#define PM_ABI_VERSION 6
+#define PM_ABI_VERSION 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -236,23 +236,53 @@ PM_API int32_t pm_replay(const pm_requests* requests, const char* policy, int64_
 // the other. Takes no context.
 PM_API int32_t pm_lru_depths(const pm_requests* requests, int32_t* depths);
 
-// How soon experts are expected to be used, as cache/analog.py describes. `experts` [layers]: how many each layer has;
-// `cycle`: those of one token. `ranks` [sum of experts]: kept by the caller, INFINITY for who is not resident, which the
-// caller writes and pm_estimates_use replaces. NULL: out of memory. One call at a time. Takes no context.
-typedef struct pm_estimates pm_estimates;
-PM_API pm_estimates* pm_estimates_create(int32_t layers, const int32_t* experts, int64_t cycle, double* ranks);
-PM_API void pm_estimates_destroy(pm_estimates* estimates);
+// The books of a tier, kept as cache/manager.py describes. Experts are numbered layer * experts + index of the layer.
+// The arrays [layers * experts] are the caller's, and live as long as the cache, which empties them at first:
+// slots: -1 for who is not resident; the caller writes those of residents that it moves, before pm_cache_resize.
+// locks: how often each is locked; the caller's. arriving: set to 1 by an admission, to 0 by the caller.
+typedef struct {
+    int32_t layers, experts, floor;
+    int64_t capacity, cycle;
+    int32_t* slots;
+    int32_t* locks;
+    uint8_t* arriving;
+} pm_cache_spec;
+typedef struct pm_cache pm_cache;
 
-// Distinct experts of a layer are chosen in this token, and resident. Returns 1 where that begins the layer's turn, else
-// 0, or minus an error code.
-PM_API int32_t pm_estimates_use(pm_estimates* estimates, int32_t layer, const int32_t* experts, int64_t count);
+// NULL: out of memory, or no policy of that name. One call at a time; none of these takes a context.
+PM_API pm_cache* pm_cache_create(const char* policy, const pm_cache_spec* spec);
+PM_API void pm_cache_destroy(pm_cache* cache);
 
-// Who of the layer comes after `expert` in the order of ranks, the lowest expert first of equals; -1 after the last.
-// `expert` negative: who is first.
-PM_API int32_t pm_estimates_after(const pm_estimates* estimates, int32_t layer, int32_t expert);
+// How many experts are resident.
+PM_API int64_t pm_cache_count(const pm_cache* cache);
+
+// Requests experts by index: `indices` becomes the hits, then the misses, each once. `promote`: whether transient ones
+// join the policy. Returns the number of hits, or minus an error code.
+PM_API int32_t pm_cache_lookup(pm_cache* cache, int32_t layer, int32_t* indices, int64_t count, int32_t promote,
+                               int32_t* misses);
+
+// Gives experts that are not resident a slot, one after the other, until nobody may leave. `evicted`: their numbers, -1
+// where a slot was free. Returns how many were admitted, or minus an error code.
+PM_API int32_t pm_cache_admit(pm_cache* cache, int32_t layer, const int32_t* indices, int64_t count, int32_t transient,
+                              int32_t* slots, int32_t* evicted);
+
+// Who would leave for an admission to the layer, -1 for nobody.
+PM_API int32_t pm_cache_victim(pm_cache* cache, int32_t layer);
+
+// A resident loses its slot, is the first to leave, or is so no more.
+PM_API int32_t pm_cache_release(pm_cache* cache, int32_t expert);
+PM_API int32_t pm_cache_demote(pm_cache* cache, int32_t expert);
+PM_API int32_t pm_cache_promote(pm_cache* cache, int32_t expert);
+PM_API int32_t pm_cache_is_transient(const pm_cache* cache, int32_t expert);
 
 // One token is done.
-PM_API int32_t pm_estimates_tick(pm_estimates* estimates);
+PM_API int32_t pm_cache_tick(pm_cache* cache);
+
+// All residents lie in slots below `capacity`, which are all there are from now on.
+PM_API int32_t pm_cache_resize(pm_cache* cache, int64_t capacity);
+
+// The residents' numbers, who leaves first comes first, whoever is in use.
+PM_API int32_t pm_cache_order(const pm_cache* cache, int32_t* experts);
 
 #ifdef __cplusplus
 }

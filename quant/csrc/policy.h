@@ -1,7 +1,8 @@
-// Eviction policies for replays: the compiled twins of those in cache/policy.py, which say what each is about.
+// Eviction policies: the compiled twins of those in cache/policy.py, which say what each is about.
 #ifndef POCKETMOE_POLICY_H
 #define POCKETMOE_POLICY_H
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -21,11 +22,6 @@ struct SlotPool {
     int32_t size() const { return layers * experts; }
 };
 
-struct Victim {
-    int32_t expert = -1;
-    double rank = ABSENT;
-};
-
 // Residents have a key each; of a layer the lowest leaves first, of equals the lowest expert.
 class Policy {
    public:
@@ -40,15 +36,29 @@ class Policy {
     virtual void remove(int32_t expert) { set_key(expert, ABSENT); }
     virtual void tick() {}
 
+    virtual void resize(int64_t slots) { pool_.slots = slots; }
+
+    // Within its layer; ABSENT for who is not held.
+    double key(int32_t expert) const { return keys_[expert]; }
     bool holds(int32_t expert) const { return keys_[expert] != ABSENT; }
 
-    // Who leaves the layer next, and its place in the order of all layers.
-    Victim next_victim(int32_t layer, const uint8_t* locked) const {
-        Victim next;
-        for (int32_t expert = first_of(layer); expert < first_of(layer + 1); expert++)
-            if (keys_[expert] < next.rank && !locked[expert]) next = {expert, keys_[expert]};
-        if (next.expert >= 0) next.rank = rank(next.expert);
-        return next;
+    // Among all layers.
+    virtual double rank(int32_t expert) const { return keys_[expert]; }
+
+    // Of the layer's experts that are not in use the one with the lowest key, -1 where there is none; sets `passed` where
+    // one in use has a lower key.
+    template <class Key, class InUse>
+    int32_t first(int32_t layer, const Key& key, const InUse& in_use, bool& passed) const {
+        double least = ABSENT, least_in_use = ABSENT;
+        int32_t found = -1;
+        for (int32_t expert = first_of(layer); expert < first_of(layer + 1); expert++) {
+            const double place = key(expert);
+            if (!(place < least)) continue;
+            if (in_use(expert)) least_in_use = std::min(least_in_use, place);
+            else least = place, found = expert;
+        }
+        passed |= least_in_use < least;
+        return found;
     }
 
     // Whether the order of the layer may have changed since this was last asked.
@@ -56,18 +66,15 @@ class Policy {
     void mark_stale(int32_t layer) { stale_[layer] = 1; }
 
    protected:
-    virtual double rank(int32_t expert) const { return keys_[expert]; }
-
     void set_key(int32_t expert, double key) {
         keys_[expert] = key;
         mark_stale(layer_of(expert));
     }
-    double key(int32_t expert) const { return keys_[expert]; }
     double* keys() { return keys_.data(); }
     int32_t layer_of(int32_t expert) const { return expert / pool_.experts; }
     int32_t first_of(int32_t layer) const { return layer * pool_.experts; }
 
-    const SlotPool pool_;
+    SlotPool pool_;
 
    private:
     std::vector<double> keys_;

@@ -44,11 +44,20 @@ struct Slru : LevelledOrder {
     void touch(int32_t expert) override {
         place(expert, 1);
         safe.push(expert);
-        while (safe.size() > room) place(safe.pop(), 0);
+        settle();
     }
     void remove(int32_t expert) override {
         LevelledOrder::remove(expert);
         safe.remove(expert);
+    }
+    void resize(int64_t slots) override {
+        Policy::resize(slots);
+        room = room_of(pool_, PROTECTED);
+        settle();
+    }
+
+    void settle() {
+        while (safe.size() > room) place(safe.pop(), 0);
     }
 
     Queue safe;
@@ -77,10 +86,7 @@ struct Lfru : LevelledOrder {
         uses.add(expert);
         place(expert, UseCounts::MOST + 1);
         privileged.push(expert);
-        while (privileged.size() > room) {
-            const int32_t oldest = privileged.pop();
-            place(oldest, uses[oldest]);
-        }
+        settle();
     }
     void remove(int32_t expert) override {
         LevelledOrder::remove(expert);
@@ -90,6 +96,18 @@ struct Lfru : LevelledOrder {
         if (!uses.tick()) return;
         for (const int32_t expert : in_order())
             if (!privileged.holds(expert)) place(expert, uses[expert]);
+    }
+    void resize(int64_t slots) override {
+        Policy::resize(slots);
+        room = room_of(pool_, PRIVILEGED);
+        settle();
+    }
+
+    void settle() {
+        while (privileged.size() > room) {
+            const int32_t oldest = privileged.pop();
+            place(oldest, uses[oldest]);
+        }
     }
 
     UseCounts uses;
@@ -102,9 +120,7 @@ struct WTinyLfu : LevelledOrder {
     enum Part { REJECTED, PROBATION, PROTECTED_PART, WINDOW_PART, PARTS };
 
     explicit WTinyLfu(const SlotPool& pool) : LevelledOrder(pool), uses(pool), parts(PARTS, Queue(pool)) {
-        const double slots = static_cast<double>(pool.slots);
-        window_room = std::max<int64_t>(1, static_cast<int64_t>(slots * WINDOW));
-        room = static_cast<int64_t>(static_cast<double>(pool.slots - window_room) * PROTECTED);
+        WTinyLfu::resize(pool.slots);
     }
     void insert(int32_t expert) override {
         uses.add(expert);
@@ -121,6 +137,12 @@ struct WTinyLfu : LevelledOrder {
         for (Queue& part : parts) part.remove(expert);
     }
     void tick() override { uses.tick(); }
+    void resize(int64_t slots) override {
+        Policy::resize(slots);
+        window_room = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(slots) * WINDOW));
+        room = static_cast<int64_t>(static_cast<double>(slots - window_room) * PROTECTED);
+        settle();
+    }
 
     void settle() {
         const Queue &probation = parts[PROBATION], &safe = parts[PROTECTED_PART], &window = parts[WINDOW_PART];

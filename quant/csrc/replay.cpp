@@ -4,74 +4,11 @@
 #include <new>
 #include <queue>
 
+#include "cache.h"
 #include "pocketmoe_cpu.h"
-#include "policy.h"
 
 namespace pm {
 namespace {
-
-// Residents under a policy, with a floor for each layer.
-class Cache {
-   public:
-    Cache(const SlotPool& pool, int32_t floor, Policy& policy)
-        : pool_(pool),
-          floor_(floor),
-          policy_(policy),
-          free_(pool.slots),
-          locked_(pool.size(), 0),
-          layers_(pool.layers) {}
-
-    // Requests the experts of one layer in one token; returns how many were missing.
-    int32_t serve(int32_t layer, const std::vector<int32_t>& step) {
-        hits_.clear();
-        missing_.clear();
-        for (const int32_t expert : step) (policy_.holds(expert) ? hits_ : missing_).push_back(expert);
-        policy_.touch_all(hits_);
-        if (missing_.empty()) return 0;
-        lock(layer, step, true);
-        for (const int32_t expert : missing_) {
-            if (free_ > 0) free_--;
-            else evict(layer);
-            policy_.insert(expert);
-            layers_[layer].residents++;
-        }
-        lock(layer, step, false);
-        return static_cast<int32_t>(missing_.size());
-    }
-
-   private:
-    struct Layer {
-        int64_t residents = 0;
-        Victim next;
-    };
-
-    void lock(int32_t layer, const std::vector<int32_t>& step, bool held) {
-        for (const int32_t expert : step) locked_[expert] = held;
-        policy_.mark_stale(layer);
-    }
-
-    // Of all layers above their floor, and the one that needs the slot, who has the lowest rank; that one of equals.
-    void evict(int32_t needy) {
-        int32_t from = needy;
-        double least = ABSENT;
-        for (int32_t layer = 0; layer < pool_.layers; layer++) {
-            Layer& known = layers_[layer];
-            if (policy_.take_stale(layer)) known.next = policy_.next_victim(layer, locked_.data());
-            if (known.residents > floor_ && known.next.rank < least) from = layer, least = known.next.rank;
-        }
-        if (layers_[needy].next.rank <= least) from = needy;
-        policy_.remove(layers_[from].next.expert);
-        layers_[from].residents--;
-    }
-
-    const SlotPool pool_;
-    const int32_t floor_;
-    Policy& policy_;
-    int64_t free_;
-    std::vector<uint8_t> locked_;  // by expert
-    std::vector<Layer> layers_;
-    std::vector<int32_t> hits_, missing_;
-};
 
 // The steps of one sequence, one after the other.
 class Steps {
@@ -95,12 +32,26 @@ class Steps {
     std::vector<int32_t> experts_;
 };
 
-void replay(const pm_requests& requests, const SlotPool& pool, Policy& policy, int32_t* misses) {
-    Cache cache(pool, requests.top_k, policy);
+// Every read arrives at once.
+void replay(const pm_requests& requests, const SlotPool& pool, std::unique_ptr<Policy> policy, int32_t* misses) {
+    std::vector<int32_t> slots(pool.size()), locks(pool.size());
+    std::vector<uint8_t> arriving(pool.size());
+    Cache cache(pool, requests.top_k, std::move(policy), {slots.data(), locks.data(), arriving.data()});
+    std::vector<int32_t> indices;
     Steps steps(requests);
     for (int64_t at = 0; at < steps.count(); at++) {
-        misses[at] = cache.serve(steps.layer(at), steps[at]);
-        if (steps.layer(at) == requests.layers - 1) policy.tick();
+        const int32_t layer = steps.layer(at), first = layer * requests.experts;
+        const auto& step = steps[at];
+        indices.clear();
+        for (const int32_t expert : step) indices.push_back(expert - first);
+        const Cache::Found found = cache.lookup(layer, indices.data(), static_cast<int64_t>(indices.size()), true);
+        misses[at] = found.misses;
+        if (found.misses) {
+            for (const int32_t expert : step) locks[expert] = 1;
+            for (int32_t i = 0; i < found.misses; i++) cache.admit(first + indices[found.hits + i], false);
+            for (const int32_t expert : step) locks[expert] = arriving[expert] = 0;
+        }
+        if (layer == requests.layers - 1) cache.tick();
     }
 }
 
@@ -214,9 +165,9 @@ int32_t pm_replay(const pm_requests* requests, const char* policy, int64_t slots
         pm::optimum(*requests, pool, misses);
         return PM_OK;
     }
-    const std::unique_ptr<pm::Policy> made = pm::make_policy(policy, pool);
+    std::unique_ptr<pm::Policy> made = pm::make_policy(policy, pool);
     if (!made) return PM_BAD_ARGUMENT;
-    pm::replay(*requests, pool, *made, misses);
+    pm::replay(*requests, pool, std::move(made), misses);
     return PM_OK;
 } catch (const std::bad_alloc&) {
     return PM_OUT_OF_MEMORY;
