@@ -42,7 +42,7 @@ _ISAS = {
     "isa_neon": _Isa(_ARM, "-march=armv8.2-a+dotprod"),
 }
 # Contracted multiply-adds would make a result depend on which loop the compiler chose them in.
-_UNIX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wno-psabi -pthread"
+_UNIX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wno-psabi -pthread"
 _MSVC_FLAGS = "/nologo /std:c++17 /O2 /EHsc /fp:precise /MD"
 
 

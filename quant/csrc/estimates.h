@@ -4,9 +4,11 @@
 #define POCKETMOE_ESTIMATES_H
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "forecast.h"
+#include "sets.h"
 
 namespace pm {
 
@@ -33,7 +35,7 @@ class Estimates {
             const int32_t expert = experts[i];
             const double instant = INSTANT * static_cast<double>(used_++);
             layer.last[expert] = token_ + instant;
-            layer.ranks[expert] = instant - wait(layer, expert, SPAN) - token_;
+            layer.ranks[expert] = instant - wait(layer.uses[expert], layer.shares[expert], SPAN) - token_;
         }
     }
 
@@ -55,11 +57,11 @@ class Estimates {
         double* ranks;
         int32_t experts;
         double turn = -1.0;                        // the token of the latest
-        std::vector<double> uses, last, shares;    // by expert: decayed uses, the latest, and the share of the votes
-        std::vector<uint8_t> used;                 // [experts, WINDOW]: 1 where it was chosen
-        std::vector<std::vector<int32_t>> latest;  // the same by token: a ring
-        std::vector<int32_t> chosen;               // in this token
-        std::vector<uint16_t> now, then;           // [WINDOW]: experts in common in this token, and in the one before
+        std::vector<double> uses, last, shares;  // by expert: decayed uses, the latest, and the share of the votes
+        Sets used;                               // by expert: the tokens that chose it, of a ring
+        Sets latest;                             // the same by token
+        std::vector<int32_t> chosen;             // in this token
+        std::vector<uint16_t> now, then;         // [WINDOW]: experts in common in this token, and in the one before
     };
 
     struct Similar {
@@ -70,6 +72,8 @@ class Estimates {
         }
     };
 
+    using Nearest = std::array<Similar, NEAREST>;
+
     // From now on the layer counts with what it chooses in this token, no longer with what it chose in the last.
     void enter(Layer& layer) {
         if (layer.latest.empty()) {  // memory only for layers that are used
@@ -77,10 +81,10 @@ class Estimates {
             layer.uses.assign(experts, 0.0);
             layer.last.assign(experts, NEVER);
             layer.shares.assign(experts, 0.0);
-            layer.used.assign(experts * WINDOW, 0);
+            layer.used.assign(layer.experts, WINDOW);
             layer.now.assign(WINDOW, 0);
             layer.then.assign(WINDOW, 0);
-            layer.latest.resize(WINDOW);
+            layer.latest.assign(WINDOW, layer.experts);
         }
         for (int64_t at = 0; at < WINDOW; at++) likeness_[at] -= layer.then[at];
         const double kept = left_of_use(token_ - std::exchange(layer.turn, token_));
@@ -88,58 +92,59 @@ class Estimates {
     }
 
     void choose(Layer& layer, int32_t expert) {
-        const uint8_t* const used = &layer.used[expert * WINDOW];
-        for (int64_t at = 0; at < WINDOW; at++) {
-            layer.now[at] += used[at];
-            likeness_[at] += TWICE * used[at];
-        }
+        layer.used.each(expert, [&](int64_t at) {
+            layer.now[at] += 1;
+            likeness_[at] += TWICE;
+        });
         layer.chosen.push_back(expert);
         layer.uses[expert] += 1.0;
     }
 
-    // Of those who are not chosen in this turn.
+    // Of those who are not chosen in this turn. All are computed, so that compilers take several at a time.
     void estimate(Layer& layer) {
         vote(layer);
+        double* const ranks = layer.ranks;
+        const double *const uses = layer.uses.data(), *const last = layer.last.data(), *const shares = layer.shares.data();
+        const double token = token_;
         for (int32_t expert = 0; expert < layer.experts; expert++) {
-            if (layer.ranks[expert] == ABSENT) continue;
-            const double age = token_ - layer.last[expert];
-            layer.ranks[expert] = -wait(layer, expert, SPAN * std::sqrt(age + 1.0)) - token_;
+            const double span = SPAN * std::sqrt(token - last[expert] + 1.0);
+            const double rank = -wait(uses[expert], shares[expert], span) - token;
+            ranks[expert] = ranks[expert] == ABSENT ? ABSENT : rank;
         }
     }
 
     // Tokens until the next use, of which one in `span` is expected for each past one.
-    static double wait(const Layer& layer, int32_t expert, double span) {
-        return span / (layer.uses[expert] + DOUBT + VOTE * layer.shares[expert] * span);
-    }
+    static double wait(double uses, double share, double span) { return span / (uses + DOUBT + VOTE * share * span); }
 
     // Each expert's share, 0 to 1, of the votes for what comes next.
     void vote(Layer& layer) {
-        int64_t total = 0;
-        votes_.assign(layer.experts, 0);
-        const std::vector<Similar> nearest = find_nearest();
+        double total = 0.0;
+        votes_.assign(layer.experts, 0.0);
+        const Nearest nearest = find_nearest();
         for (const Similar& token : nearest) {
             if (token.alike == 0) continue;
             const double weight = std::exp(-sharpness_ * (nearest.back().alike - token.alike));
             const int64_t votes = std::llround(UNIT * weight);
             const int64_t known = (tokens_ - token.at - 1 + WINDOW) % WINDOW;  // tokens after it
             for (int64_t ahead = 1; ahead <= std::min(AHEAD, known); ahead++) {
-                const int64_t each = votes << (AHEAD - ahead);
+                const double each = static_cast<double>(votes << (AHEAD - ahead));
                 total += each;
-                for (const int32_t expert : layer.latest[(token.at + ahead) % WINDOW]) votes_[expert] += each;
+                layer.latest.each((token.at + ahead) % WINDOW, [&](int64_t expert) { votes_[expert] += each; });
             }
         }
-        const double all = static_cast<double>(std::max<int64_t>(total, 1));
-        for (int32_t expert = 0; expert < layer.experts; expert++)
-            layer.shares[expert] = static_cast<double>(votes_[expert]) / all;
+        const double all = std::max(total, 1.0), *const votes = votes_.data();
+        double* const shares = layer.shares.data();
+        for (int32_t expert = 0; expert < layer.experts; expert++) shares[expert] = votes[expert] / all;
     }
 
     // Of all tokens those most like this one, the most like it last.
-    std::vector<Similar> find_nearest() const {
-        const int64_t now = tokens_ % WINDOW, before = (now + WINDOW - 1) % WINDOW;
-        std::vector<Similar> nearest(NEAREST, Similar{0, -1});
+    Nearest find_nearest() const {
+        const int64_t now = tokens_ % WINDOW, before = (now + WINDOW - 1) % WINDOW;  // nothing has come after those
+        Nearest nearest;
+        nearest.fill({0, -1});
         for (int64_t at = 0; at < WINDOW; at++) {
+            if (likeness_[at] < std::max(nearest.front().alike, 1) || at == now || at == before) continue;
             const Similar token = {likeness_[at], at};
-            if (!(nearest.front() < token) || at == now || at == before) continue;  // nothing has come after those
             const auto place = std::lower_bound(nearest.begin(), nearest.end(), token);
             std::move(nearest.begin() + 1, place, nearest.begin());
             *(place - 1) = token;
@@ -154,9 +159,12 @@ class Estimates {
         for (Layer& layer : layers_) {
             if (layer.latest.empty()) continue;
             if (as_token) {
-                for (const int32_t expert : layer.latest[now]) layer.used[expert * WINDOW + now] = 0;
-                for (const int32_t expert : layer.chosen) layer.used[expert * WINDOW + now] = 1;
-                layer.latest[now] = layer.chosen;
+                layer.latest.each(now, [&](int64_t expert) { layer.used.erase(expert, now); });
+                layer.latest.clear(now);
+                for (const int32_t expert : layer.chosen) {
+                    layer.used.insert(expert, now);
+                    layer.latest.insert(now, expert);
+                }
                 std::rotate_copy(layer.now.begin(), layer.now.end() - 1, layer.now.end(), layer.then.begin());
             } else {
                 std::fill(layer.then.begin(), layer.then.end(), uint16_t{0});
@@ -172,7 +180,7 @@ class Estimates {
     const double sharpness_;  // overlaps spread like the root of what can overlap
     std::vector<Layer> layers_;
     std::vector<uint16_t> likeness_;  // [WINDOW]: experts in common with this token and, in other layers, the last
-    std::vector<int64_t> votes_;      // of one layer
+    std::vector<double> votes_;       // of one layer; whole numbers
     int64_t tokens_ = 0;              // that were remembered
     int64_t used_ = 0;                // experts in this token
     double token_ = 0.0;
