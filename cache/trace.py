@@ -183,7 +183,11 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     Raises OSError, or ValueError with one sentence when the file holds something else.
     """
     path = Path(path)
+    with path.open("rb") as file:
+        is_archive = zipfile.is_zipfile(file)
     try:
+        if not is_archive:  # numpy would suggest to unpickle it
+            raise ValueError("no whole .npz archive")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("experts", "seq")}
             arrays |= {name: file[name] for name in ("weights", "guesses", "phase", "ids") if name in file}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from ..offload.errors import PocketMoEError
 from .console import is_terminal, say_error
 from .interrupt import BROKEN_PIPE, INTERRUPTED
 from .options import DebugOption
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def command_of(function: Callable[..., None]) -> Callable[..., None]:
@@ -70,9 +73,15 @@ def errors_reported(debug: bool) -> Iterator[None]:
         _report(error, str(error), debug)
         raise typer.Exit(error.exit_code) from None
     except Exception as error:
-        described = f"{type(error).__name__}: {error}".rstrip(": ")
-        _report(error, described + ("" if debug else " (not foreseen; --debug shows where)"), debug)
+        _report(error, _described(error, debug), debug)
         raise typer.Exit(1) from None
+
+
+def _described(error: Exception, debug: bool) -> str:
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return f"{error.filename or 'The output'} can not be written: {error.strerror}."
+    described = f"{type(error).__name__}: {error}".rstrip(": ")
+    return described + ("" if debug else " (not foreseen; --debug shows where)")
 
 
 def _report(error: Exception, sentence: str, debug: bool) -> None:

@@ -21,11 +21,16 @@ def without_controls(text: str) -> str:
 
 
 def prepare_streams() -> None:
-    """UTF-8 on the three streams whatever the locale says; what can not be coded is replaced, never an exception."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        # A stream can be None (closed by the parent), replaced by an embedder, or already read from.
+    """UTF-8 on the three streams whatever the locale says; what can not be coded is replaced, never an exception.
+
+    One that the parent has closed becomes an empty one, or one that forgets.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        # A stream can be replaced by an embedder, or already read from.
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+            getattr(sys, name).reconfigure(encoding="utf-8", errors="replace")
 
 
 def is_terminal(stream: TextIO | None) -> bool:

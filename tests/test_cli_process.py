@@ -142,8 +142,19 @@ def test_a_full_disk_behind_stdout_is_an_error_and_not_a_traceback(environment):
             [*FAKE, "run", "fake", "hi"], stdout=full, stderr=subprocess.PIPE, env=environment, timeout=60, check=False
         )
     assert done.returncode == 1
-    assert b"No space left" in done.stderr
-    assert b"Traceback" not in done.stderr
+    assert done.stderr.endswith(b"error: The output can not be written: No space left on device.\n")
+
+
+@posix
+@pytest.mark.parametrize(
+    ("arguments", "out"),
+    [("hi >&-", b""), ("hi 2>&-", b"hi\n"), ("<&- 2>&1", b"pocketmoe: error: The prompt is empty")],
+)
+def test_a_closed_stream_is_an_empty_one(environment, arguments, out):
+    command = f'"{FAKE[0]}" "{FAKE[1]}" run fake {arguments}'
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, env=environment, timeout=60, check=False)
+    assert done.stdout.startswith(out)
+    assert b"not foreseen" not in done.stderr
 
 
 def test_control_characters_go_and_text_stays():
