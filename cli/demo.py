@@ -9,7 +9,7 @@ import typer
 
 from ..offload.config import OffloadConfig
 from .chat import chat
-from .options import LoadOptions, SamplingOptions, StatsOption, SystemOption
+from .options import LoadOptions, SamplingOptions, StatsOption, SystemOption, as_text
 from .progress import StageProgress
 from .run import JsonOption, run
 
@@ -24,7 +24,9 @@ def find_demo_store(**options: Any) -> Path:
 def demo(
     load: LoadOptions,
     sampling: SamplingOptions,
-    prompt: Annotated[str | None, typer.Option(help="Answer this and leave.", show_default=False)] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Answer this and leave.", show_default=False, callback=as_text)
+    ] = None,
     system: SystemOption = None,
     json: JsonOption = False,
     stats: StatsOption = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import inf
@@ -145,6 +146,13 @@ def check_sampling(name: str, value: float, label: str) -> None:
         raise UsageError(f"{label} must be {rule.words}, not {value}.")
 
 
+def as_text(value: str | list[str] | None) -> str | list[str] | None:
+    """Texts of the command line as UTF-8 whatever the locale says; what is none is replaced."""
+    if isinstance(value, list):
+        return [os.fsencode(text).decode("utf-8", "replace") for text in value]
+    return value and os.fsencode(value).decode("utf-8", "replace")
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """Fields are those of the library's `Sampling`; None leaves the model's own value.
@@ -166,7 +174,8 @@ class SamplingOptions:
         typer.Option(help="End the answer after this many tokens. Default, as for the others: the model's own."),
     ] = None
     stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text. May be repeated.")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End the answer before this text. May be repeated.", callback=as_text),
     ] = None
 
     def __post_init__(self) -> None:
@@ -191,7 +200,9 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
-SystemOption = Annotated[str | None, typer.Option("--system", help="System prompt.", show_default=False)]
+SystemOption = Annotated[
+    str | None, typer.Option("--system", help="System prompt.", show_default=False, callback=as_text)
+]
 StatsOption = Annotated[bool, typer.Option("--stats", help="Print statistics after each answer.")]
 HideThinking = Annotated[
     bool, typer.Option("--hide-thinking", help="Do not show what the model thinks before it answers.")

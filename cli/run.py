@@ -14,7 +14,7 @@ from .chat import chat, display_name
 from .console import AnswerWriter, is_terminal, say
 from .interrupt import INTERRUPTED
 from .loading import opened
-from .options import HideThinking, LoadOptions, ModelArgument, SamplingOptions, StatsOption, SystemOption
+from .options import HideThinking, LoadOptions, ModelArgument, SamplingOptions, StatsOption, SystemOption, as_text
 
 if TYPE_CHECKING:
     from ..offload.model import Model
@@ -29,7 +29,8 @@ def run(
     load: LoadOptions,
     sampling: SamplingOptions,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="Left out or -: from stdin.", show_default=False)
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Left out or -: from stdin.", show_default=False, callback=as_text),
     ] = None,
     system: SystemOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,

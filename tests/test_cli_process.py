@@ -22,7 +22,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "XDG_STATE_HOME": str(tmp_path), "HOME": str(tmp_path), "TERM": "xterm"}
 
 
-def run(*args: str, environment: dict[str, str], stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def run(*args: str | bytes, environment: dict[str, str], stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([*FAKE, *args], input=stdin, capture_output=True, env=environment, timeout=60, check=False)
 
 
@@ -59,6 +59,13 @@ def test_without_a_terminal_there_are_no_escapes_and_the_answer_is_the_models_by
     assert b"\x1b" not in done.stderr
     assert b"\r" not in done.stderr
     assert done.returncode == 0
+
+
+@posix
+@pytest.mark.parametrize(("typed", "out"), [(b"caf\xe9", "caf\ufffd"), ("évil".encode(), "évil")])
+def test_a_prompt_is_read_as_utf8_whatever_the_locale_says(environment, typed, out):
+    done = run("run", "fake", typed, environment=environment | {"LC_ALL": "C", "PYTHONUTF8": "0"})
+    assert done.stdout == (out + "\n").encode()
 
 
 def test_bytes_that_are_not_utf8_do_not_end_a_chat(environment):
