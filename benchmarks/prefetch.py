@@ -3,12 +3,13 @@
     python -m benchmarks.prefetch STORE [--stream text|uniform|realistic] [--shares 25 40 60 80] [--ways off on tested]
 
 A way is `off`, `on`, `tested` (on, and tests itself, as users have it), or `on` with other numbers, as in
-`worth=0.7,idle_worth=0.5,depth=4`. Every 16 tokens the ways move on by one model, because models differ by where in
-memory they lie (two that did the same differed by 5 %); the first tokens after that do not count. A round is over when
-every way has been on every model. Ratios are taken within rounds: median (lowest..highest). A token counts for no way
-if it took one of them more than 2.5 times as long as usual, because then the machine did something else. All ways have
-to give the same logits, bit for bit. Text is sampled from the model; the other streams are made for stores of
-`benchmarks.synthesize`. The memory of all ways is needed at once.
+`worth=0.7,idle_worth=0.5,depth=4,piece=8`; `piece` is that of reads, in MiB, and 0 reads records whole. Every 16
+tokens the ways move on by one model, because models differ by where in memory they lie (two that did the same differed
+by 5 %); the first tokens after that do not count. A round is over when every way has been on every model. Ratios are
+taken within rounds: median (lowest..highest). A token counts for no way if it took one of them more than 2.5 times as
+long as usual, because then the machine did something else. All ways have to give the same logits, bit for bit. Text is
+sampled from the model; the other streams are made for stores of `benchmarks.synthesize`. The memory of all ways is
+needed at once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PROMPT = "Tell me a long story about a dragon that lives by the sea."
 TURN, DROPPED = 16, 2
 ODD = 2.5
 COUNTS = "useful", "late", "wasted", "cancelled"
-NUMBERS = "depth", "worth", "idle_worth"
+NUMBERS = "depth", "worth", "idle_worth", "piece"
 
 
 def way_name(text: str) -> str:
@@ -79,10 +80,13 @@ class Way:
 
     def move_to(self, model: Any) -> None:
         model._runtime.self_test = self.self_test
-        prefetcher = model._runtime.prefetch._inner
+        prefetcher, transfers = model._runtime.prefetch._inner, model._runtime.transfers
         usual = inspect.signature(type(prefetcher)).parameters
-        for name in NUMBERS:
+        for name in NUMBERS[:3]:
             setattr(prefetcher, f"_{name}", self.numbers.get(name, usual[name].default))
+        usual = inspect.signature(type(transfers)).parameters
+        piece = int(self.numbers["piece"] * 2**20) if "piece" in self.numbers else usual["piece_bytes"].default
+        transfers._piece_bytes = piece or model._stats.record_bytes
 
     def feed(self, model: Any, sequence: Any, token: int) -> torch.Tensor:
         before = self._counts(model)

@@ -56,8 +56,7 @@ class Costs(NamedTuple):
         answer = run.answer
         if not latest or not answer.requests or not run.layers:
             return None
-        reads = run.total("demand_reads") + run.total("prefetch_reads")
-        found = ([run.record_bytes / disk.bytes_per_s] if disk else []) + ([run.read_busy_s / reads] if reads else [])
+        found = ([run.record_bytes / disk.bytes_per_s] if disk else []) + ([run.read_s] if run.read_s else [])
         read = min(found) if found else 0.0
         used = run.total("prefetch_useful") + run.total("prefetch_late")
         base, stop, miss = _without_waiting(latest, run.layers, used > 0, read)

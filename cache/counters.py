@@ -29,11 +29,12 @@ class LayerStats:
     demand_reads: int = 0
     prefetch_reads: int = 0
     bytes_read: int = 0
+    """Of these reads, and of those that were given up half-way."""
     stall_s: float = 0.0
     """Time that compute waited for bytes."""
     prefetch_issued: int = 0
     prefetch_useful: int = 0
-    """Arrived before it was chosen. The other outcomes: chosen while in flight, never chosen, withdrawn unread."""
+    """Arrived before it was chosen. The other outcomes: chosen while in flight, never chosen, withdrawn."""
     prefetch_late: int = 0
     prefetch_wasted: int = 0
     prefetch_cancelled: int = 0
@@ -137,8 +138,8 @@ def check(layer: int, c: LayerStats, record_bytes: int) -> None:
     assert c.hits + c.misses == c.requests, f"layer {layer}: {c.hits} + {c.misses} != {c.requests} requests"
     assert c.late <= c.misses, f"layer {layer}: {c.late} late > {c.misses} misses"
     assert c.prefetch_hits <= c.hits, f"layer {layer}: {c.prefetch_hits} prefetch hits > {c.hits} hits"
-    assert c.bytes_read == record_bytes * reads, (
-        f"layer {layer}: {c.bytes_read} bytes read != {reads} reads of {record_bytes} bytes"
+    assert c.bytes_read >= record_bytes * reads, (
+        f"layer {layer}: {c.bytes_read} bytes read < {reads} reads of {record_bytes} bytes"
     )
     assert outstanding(c) >= 0, f"layer {layer}: {-outstanding(c)} more guesses ended than were issued: {c}"
 

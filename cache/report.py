@@ -194,7 +194,7 @@ def _tiers_below_device(run: RunStats, device: DeviceStats) -> list[dict[str, An
 def _prefetch(run: RunStats) -> dict[str, Any]:
     count = {name: run.total(f"prefetch_{name}") for name in ("issued", "useful", "late", "wasted", "cancelled")}
     right = count["useful"] + count["late"]
-    wasted = count["wasted"] * run.record_bytes
+    wasted = count["wasted"] * run.record_bytes + run.dropped_bytes
     return {
         "state": run.prefetch,
         **count,

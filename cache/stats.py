@@ -134,18 +134,23 @@ class RunStats:
         self._before = None
 
     def read_started(self) -> None:
-        """A read went to the disk. Each one ends in `read_finished` or `read_failed`."""
+        """A read went to the disk. Each one ends in `read_paused`, `read_finished` or `read_failed`."""
         with self._lock:
             self._pass_time()
             self._in_flight += 1
 
-    def read_finished(self, layer: int, nbytes: int, prefetch: bool = False) -> None:
-        """A record of `nbytes` of `layer` arrived, on demand or by prefetch."""
+    def read_paused(self, layer: int, nbytes: int) -> None:
+        """A piece of `nbytes` of a record arrived, which is not the last one."""
         with self._lock:
             self.read_failed()
-            counters = self.per_layer[layer]
-            counters.bytes_read += nbytes
+            self.per_layer[layer].bytes_read += nbytes
             self._phase.bytes_read += nbytes
+
+    def read_finished(self, layer: int, nbytes: int, prefetch: bool = False) -> None:
+        """A record of `layer` arrived, on demand or by prefetch; `nbytes` is all of it, or its last piece."""
+        with self._lock:
+            self.read_paused(layer, nbytes)
+            counters = self.per_layer[layer]
             if prefetch:
                 counters.prefetch_reads += 1
             else:
@@ -279,7 +284,7 @@ class RunStats:
         run = self.snapshot()
         for layer, c in enumerate(run.per_layer):
             check(layer, c, run.record_bytes)
-        for name in ("requests", "hits"):
+        for name in ("requests", "hits", "bytes_read"):
             phases, total = getattr(run.prompt, name) + getattr(run.answer, name), run.total(name)
             assert phases == total, f"{name}: {phases} in the phases != {total} in the layers"
         by_layer = [0] * run.layers
@@ -313,6 +318,18 @@ class RunStats:
         from .sections import summary
 
         return as_text(summary(report(self, replays=False)))
+
+    @property
+    def read_s(self) -> float | None:
+        """Seconds of the disk's time for each record."""
+        return _ratio(self.read_busy_s * self.record_bytes, self.total("bytes_read"))
+
+    @property
+    def dropped_bytes(self) -> int:
+        """Bytes of records that were not read to their end."""
+        return self.total("bytes_read") - self.record_bytes * (
+            self.total("demand_reads") + self.total("prefetch_reads")
+        )
 
     @property
     def compute_s(self) -> float:

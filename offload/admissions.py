@@ -52,6 +52,5 @@ class Admissions:
 
     def measure_reads(self, stats: RunStats) -> None:
         """Take the time of a read from what reads have taken so far."""
-        reads = stats.total("demand_reads") + stats.total("prefetch_reads")
-        if reads:
-            self.renewal.read_s = stats.read_busy_s / reads
+        if read_s := stats.read_s:
+            self.renewal.read_s = read_s

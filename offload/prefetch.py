@@ -9,7 +9,7 @@ from ..cache.expert import ExpertId
 from ..cache.manager import ExpertCache
 from ..cache.stats import RunStats
 from .tiers import RamSlots
-from .transfer import Ticket, Transfers, Urgency
+from .transfer import Ticket, Transfers, Urgency, finish_one
 
 
 class Prefetch(Protocol):
@@ -25,7 +25,7 @@ class Prefetch(Protocol):
         ...
 
     def settle(self, layer: int, chosen: set[int]) -> None:
-        """`layer`'s router has spoken: note what has arrived, drop disproved guesses that are not being read yet."""
+        """`layer`'s router has spoken: note what has arrived, drop the guesses that it disproves."""
         ...
 
     def claim(self, expert: ExpertId) -> Ticket:
@@ -45,7 +45,7 @@ class Prefetch(Protocol):
         ...
 
     def drain(self) -> None:
-        """Drop every guess that has not begun and wait for the others."""
+        """Drop every guess, and wait until none is being read any more."""
         ...
 
     def forget(self) -> None:
@@ -145,10 +145,9 @@ class Prefetcher:
         for rank, index in self._guessed.pop(layer, ()):
             self._precision.note(rank, index in chosen)
         for expert, ticket in list(self._flying.items()):
-            if ticket.done:
+            wrong = expert.layer == layer and expert.index not in chosen
+            if ticket.done or (wrong and self._transfers.cancel(ticket)):
                 self._land(expert)
-            elif expert.layer == layer and expert.index not in chosen and self._transfers.cancel(ticket):
-                self._drop(expert)
 
     def claim(self, expert: ExpertId) -> Ticket:
         ticket = self._flying.pop(expert)
@@ -171,16 +170,11 @@ class Prefetcher:
             self._stats.record_prefetch(expert.layer, outcome="wasted")
 
     def make_room(self) -> bool:
-        for expert, ticket in self._flying.items():
-            if self._transfers.cancel(ticket):
-                self._drop(expert)
-                return True
         if not self._flying:
             return False
-        try:
-            self._transfers.wait_any(self._flying.values())
-        except Exception:
-            pass  # a guess that failed: the demand read that follows meets the error itself
+        waiting = (ticket for ticket in self._flying.values() if not ticket.running)
+        if not any(map(self._transfers.cancel, waiting)):
+            finish_one(self._transfers, self._flying.values())
         for expert, ticket in list(self._flying.items()):
             if ticket.done:
                 self._land(expert)
@@ -197,17 +191,12 @@ class Prefetcher:
 
     def _land(self, expert: ExpertId) -> None:
         ticket = self._flying.pop(expert)
-        if ticket.error is not None:
+        if ticket.cancelled or ticket.error is not None:
             self._cache.abandon(expert)
             self._stats.record_prefetch(expert.layer, outcome="cancelled")
         else:
             self._cache.arrived(expert)
             self._unused.add(expert)
-
-    def _drop(self, expert: ExpertId) -> None:
-        del self._flying[expert]
-        self._cache.abandon(expert)
-        self._stats.record_prefetch(expert.layer, outcome="cancelled")
 
 
 class NoPrefetch:

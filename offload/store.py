@@ -114,8 +114,12 @@ class ExpertStore:
     def number(self, expert: ExpertId) -> int:
         return self._first[expert.layer] + expert.index
 
-    def read_into(self, expert: ExpertId, view: memoryview) -> None:
+    def read_into(self, expert: ExpertId, view: memoryview, start: int = 0, stop: int | None = None) -> None:
         """Read one record into `view` (writable, record_bytes long, 4 KiB aligned), and check it the first time.
+
+        Args:
+            start, stop: bytes of a piece of it, multiples of 4 KiB. A record that is read in pieces is checked with
+                the last one, so the others have to be in `view` by then.
 
         Raises:
             DataError: the disk returned an error three times, the file ended early, or the checksum is wrong.
@@ -125,18 +129,19 @@ class ExpertStore:
         index = next(i for i, f in enumerate(self.manifest.expert_files) if number < f.first + f.count)
         file = self.manifest.expert_files[index]
         offset = file.data_start + (number - file.first) * self.record_bytes
+        piece = view[start:stop]
         for attempt in range(_RETRIES):
             try:
-                self._read(index, view, offset)
+                self._read(index, piece, offset + start)
                 break
             except OSError as error:
                 self.retries += 1
                 if attempt == _RETRIES - 1:
                     raise DataError(
-                        f"{self.path / file.name}: reading {self.record_bytes:,} bytes at {offset:,} failed "
+                        f"{self.path / file.name}: reading {len(piece):,} bytes at {offset + start:,} failed "
                         f"{_RETRIES} times: {error.strerror}; is the disk failing?"
                     ) from error
-        if self._verified is not None and not self._verified[number]:
+        if self._verified is not None and not self._verified[number] and stop in (None, self.record_bytes):
             if xxhash.xxh3_64_hexdigest(view) != self.manifest.record_checksums[number]:
                 raise DataError(
                     f"{self.path / file.name}: expert {expert.index} of MoE layer {expert.layer} (byte {offset:,}) is "

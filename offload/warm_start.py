@@ -8,7 +8,7 @@ from ..cache.expert import ExpertId
 from ..cache.manager import ExpertCache
 from .prefetch import Prefetch
 from .tiers import RamSlots
-from .transfer import Ticket, Transfers, Urgency
+from .transfer import Ticket, Transfers, Urgency, finish_one
 
 
 class WarmStart:
@@ -75,10 +75,7 @@ class WarmStart:
             return True
         if not self._flying:
             return False
-        try:
-            self._transfers.wait_any(self._flying.values())
-        except Exception:
-            pass  # the demand read of that expert, if there will be one, meets the error itself
+        finish_one(self._transfers, self._flying.values())
         self._land_all()
         return True
 
@@ -98,15 +95,16 @@ class WarmStart:
         for expert, ticket in list(self._flying.items()):
             if ticket.done:
                 del self._flying[expert]
-                if ticket.error is None:
-                    self._cache.arrived(expert)
-                else:
+                if ticket.cancelled or ticket.error is not None:
                     self._cache.abandon(expert)
+                else:
+                    self._cache.arrived(expert)
 
     def _cancel_one(self) -> bool:
-        """Give up the least wanted read that has not begun."""
+        """Give up the least wanted read that is not going on right now."""
         for expert in reversed(self._flying):
-            if self._transfers.cancel(self._flying[expert]):
+            ticket = self._flying[expert]
+            if not ticket.running and self._transfers.cancel(ticket):
                 del self._flying[expert]
                 self._cache.abandon(expert)
                 return True

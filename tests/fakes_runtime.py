@@ -25,13 +25,13 @@ class FakeReader:
         self.read: list[ExpertId] = []
         self.gate: threading.Event | None = None
 
-    def read_into(self, expert: ExpertId, view: memoryview) -> None:
+    def read_into(self, expert: ExpertId, view: memoryview, start: int, stop: int) -> None:
         if self.gate is not None:
             assert self.gate.wait(10)
         if expert in self.broken:
             raise OSError(f"{expert} cannot be read")
         self.read.append(expert)
-        view[:] = bytes([1 + expert.layer * EXPERTS + expert.index]) * len(view)
+        view[start:stop] = bytes([1 + expert.layer * EXPERTS + expert.index]) * (stop - start)
 
 
 class FakeKernels:

@@ -72,7 +72,7 @@ def test_counters_of_a_run_add_up():
         ("hits", "requests"),
         ("late", "late > "),
         ("prefetch_hits", "prefetch hits > "),
-        ("bytes_read", "bytes read"),
+        ("bytes_read", "bytes_read: "),
         ("demand_reads", "bytes read"),
         ("prefetch_wasted", "guesses ended"),
         ("stall_s", "stall: "),

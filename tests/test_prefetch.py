@@ -29,27 +29,31 @@ class ManualTransfers:
 
     def begin(self, *indices, layer=1):
         for index in indices:
-            self.tickets[ExpertId(layer, index)].started = True
+            self.tickets[ExpertId(layer, index)].running = True
 
     def finish(self, *indices, layer=1, error=None):
         for index in indices:
             ticket = self.tickets[ExpertId(layer, index)]
-            ticket.started = ticket.done = True
+            self.end(ticket)
             ticket.error = error
+
+    def end(self, ticket):
+        """It has come to its end, whether it was to be dropped meanwhile or not."""
+        ticket.running, ticket.done, ticket.cancelled = False, True, False
 
     def promote(self, ticket):
         ticket.urgency = Urgency.DEMAND
 
     def cancel(self, ticket):
-        if not ticket.started:
-            ticket.cancelled = True
-        return not ticket.started
+        if not ticket.done:
+            ticket.cancelled, ticket.done = True, not ticket.running
+        return ticket.done and ticket.cancelled
 
     def wait_any(self, tickets):
         self.waits += 1
         tickets = list(tickets)
         if not any(ticket.done for ticket in tickets):
-            tickets[0].done = True
+            self.end(tickets[0])
         ready = [ticket for ticket in tickets if ticket.done]
         for ticket in ready:
             if ticket.error is not None:
@@ -138,13 +142,16 @@ def test_a_guess_that_is_still_on_its_way_is_late_and_its_read_is_taken_over(ben
     bench.cache.arrived(E(3))
 
 
-def test_a_guess_that_the_router_did_not_choose_is_withdrawn_if_it_has_not_begun(bench):
+def test_a_guess_that_the_router_did_not_choose_is_withdrawn_at_once_or_after_its_piece(bench):
     bench.prefetch.request(1, [3, 4])
     bench.transfers.begin(4)
     bench.prefetch.settle(1, {0})
     assert bench.transfers.tickets[E(3)].cancelled and bench.cache.slot_of(E(3)) is None
-    assert bench.cache.is_arriving(E(4)), "its read is under way: the slot stays taken"
+    assert bench.cache.is_arriving(E(4)), "a piece is being read: the slot stays taken"
     assert bench.outcomes() == {"issued": 2, "cancelled": 1}
+    bench.transfers.tickets[E(4)].running, bench.transfers.tickets[E(4)].done = False, True
+    bench.prefetch.settle(0, {0})
+    assert bench.cache.slot_of(E(4)) is None and bench.outcomes() == {"issued": 2, "cancelled": 2}
 
 
 def test_a_wrong_guess_that_arrived_is_wasted_when_it_loses_its_slot_unused(bench):
@@ -314,7 +321,7 @@ def test_a_guess_that_failed_does_not_stop_the_demand_read_of_the_same_expert(th
         record_bytes = RECORD
         calls = 0
 
-        def read_into(self, expert, view):
+        def read_into(self, expert, view, start, stop):
             self.calls += 1
             if self.calls == 1:
                 raise OSError("broken")
@@ -356,9 +363,10 @@ def test_whatever_happens_the_books_balance_and_every_guess_ends_in_one_way(seed
     for _ in range(400):
         layer = rng.randrange(2)
         for ticket in list(prefetch._flying.values()):
-            ticket.started = ticket.started or rng.random() < 0.5
-            if ticket.started and rng.random() < 0.5:
-                ticket.done, ticket.error = True, OSError("broken") if rng.random() < 0.1 else None
+            ticket.running = ticket.running or rng.random() < 0.5
+            if ticket.running and rng.random() < 0.5:
+                ticket.running, ticket.done = False, True
+                ticket.error = OSError("broken") if rng.random() < 0.1 else None
         chosen = rng.sample(range(8), 2)
         prefetch.settle(layer, set(chosen))
         wanted = cache.lookup(layer, chosen)

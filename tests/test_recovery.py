@@ -41,7 +41,7 @@ class World:
             self.cache = PlainCache(SLOTS, get_policy(policy, SLOTS, cycle), LAYERS, TOP_K, self.table)
         else:
             self.cache = make_cache(policy, SLOTS, cycle, [EXPERTS] * LAYERS, TOP_K, self.table)
-        self.transfers = ThreadedTransfers(FakeReader(), stats, readers=1)
+        self.transfers = ThreadedTransfers(FakeReader(), stats, readers=1, piece_bytes=RECORD // 2)
         ahead = Prefetcher(self.cache, slots, self.transfers, stats)
         ahead = WarmStart(ahead, self.cache, slots, self.transfers, [ExpertId(2, 7), ExpertId(2, 6)])
         self.runtime = ExpertRuntime(

@@ -45,9 +45,10 @@ def opened(store_path):
         store.close()
 
 
-def read(store, expert) -> bytes:
+def read(store, expert, piece=None) -> bytes:
     _, view = aligned(store.record_bytes)
-    store.read_into(expert, view)
+    for start in range(0, store.record_bytes, piece or store.record_bytes):
+        store.read_into(expert, view, start, min(start + piece, store.record_bytes) if piece else None)
     return bytes(view)
 
 
@@ -67,6 +68,7 @@ def test_every_way_of_reading_gives_the_bytes_on_disk(opened, store_path, io, ve
     assert len(set(want)) == len(EXPERTS)
     for _ in range(2):
         assert [read(store, expert) for expert in EXPERTS] == want
+        assert [read(store, expert, piece=4096) for expert in EXPERTS] == want
 
 
 def test_several_threads_read_at_once_and_each_gets_its_own_expert(opened, store_path):
@@ -103,7 +105,7 @@ def test_the_first_read_of_a_record_finds_any_flipped_bit_and_names_the_expert(o
                 with pytest.raises(
                     DataError, match=rf"{file.name}: expert {expert.index} of MoE layer {expert.layer} "
                 ):
-                    read(store, expert)
+                    read(store, expert, piece=[None, 4096][i % 2])
                 read(store, EXPERTS[number - 1])  # the others are not affected
                 opened(io, verify=False).read_into(expert, aligned(manifest.record_bytes)[1])
             read(store, expert)
