@@ -14,6 +14,8 @@ from rich.text import Text
 
 from .sections import Bar, HeatMap, Section, Table, printable, unbroken
 
+LEAST_COLUMNS = 80
+
 _GLYPHS = {"gap": " ", "wait": "▓", "time": "█", "hit": "█", "ahead": "▓", "late": "▒", "miss": "░"}
 _ASCII_GLYPHS = {"gap": " ", "wait": "▓", "time": "#", "hit": "#", "ahead": "+", "late": "-", "miss": "."}
 _COLOURS = {
@@ -32,11 +34,14 @@ _LABEL = 6  # characters before a row of a heat map
 
 
 def as_text(sections: Sequence[Section], width: int = 80, colour: bool = False, ascii_only: bool = False) -> str:
-    """All sections, one below the other. `ascii_only` is for terminals without UTF-8."""
+    """All sections, one below the other. `ascii_only` is for terminals without UTF-8.
+
+    A narrower terminal than of LEAST_COLUMNS breaks the lines: numbers that were cut off would be wrong ones.
+    """
     out = StringIO()
     console = Console(
         file=out,
-        width=max(40, width),
+        width=max(LEAST_COLUMNS, width),
         color_system="256" if colour else None,
         force_terminal=colour,
         no_color=not colour,

@@ -387,7 +387,7 @@ class RunStats:
             return run
         except DAMAGED as error:
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path} does not hold statistics of pocketmoe ({reason}): choose another run.") from None
+            raise ValueError(f"{path} does not hold statistics of pocketmoe ({reason}): make a new run.") from None
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -220,6 +220,7 @@ def test_the_text_fits_into_80_columns_and_has_no_escape_codes_unless_colours_ar
     for run in (with_prefetch(a_run()), wide_run(60, 256)):
         text = as_text(sections(report(run, DISK)))
         assert max(map(len, text.splitlines())) <= 80
+        assert text == as_text(sections(report(run, DISK)), width=40), "no number is cut off"
         assert "\x1b" not in text
         plain = as_text(sections(report(run, DISK)), ascii_only=True)
         assert plain.isascii()
