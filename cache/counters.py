@@ -72,26 +72,29 @@ class Step(NamedTuple):
     """The layers that `missing` were of, a bit each, the first layer's the lowest."""
 
 
-def count(notes: Iterable[Note], per_layer: Sequence[LayerStats], phase: PhaseStats) -> int:
-    """Add what layers did in `phase` to the counters. Returns those that would miss without prefetch, as bits."""
-    missing_in = 0
+def count(notes: Iterable[Note], per_layer: Sequence[LayerStats], phase: PhaseStats) -> None:
+    """Add what layers did in `phase` to the counters."""
+    requests = hits = 0
+    kernels = layers = 0.0
     for layer, (hit, missed), late, prefetch_hits, kernels_s, layer_s, stall_s in notes:
-        counters, hits, misses = per_layer[layer], len(hit), len(missed)
-        counters.requests += hits + misses
-        counters.hits += hits
-        counters.misses += misses
-        counters.late += late
-        counters.prefetch_hits += prefetch_hits
-        counters.stall_s += stall_s
-        phase.requests += hits + misses
-        phase.hits += hits
-        if misses or prefetch_hits:
-            phase.missing += misses + prefetch_hits
-            missing_in |= 1 << layer
-        phase.stall_s += stall_s
-        phase.compute_s += kernels_s
-        phase.layers_s += layer_s
-    return missing_in
+        counters = per_layer[layer]
+        counters.requests += len(hit) + len(missed)
+        counters.hits += len(hit)
+        if missed or prefetch_hits or stall_s:
+            counters.misses += len(missed)
+            counters.late += late
+            counters.prefetch_hits += prefetch_hits
+            counters.stall_s += stall_s
+            phase.missing += len(missed) + prefetch_hits
+            phase.stall_s += stall_s
+        requests += len(hit) + len(missed)
+        hits += len(hit)
+        kernels += kernels_s
+        layers += layer_s
+    phase.requests += requests
+    phase.hits += hits
+    phase.compute_s += kernels
+    phase.layers_s += layers
 
 
 _IN_LAYER = "requests", "hits", "misses", "late", "prefetch_hits", "stall_s"
@@ -103,7 +106,7 @@ class Before:
     """What `count` changes, as it was before notes were counted."""
 
     def __init__(self, notes: Iterable[Note], per_layer: Sequence[LayerStats], phase: PhaseStats) -> None:
-        self._layers = [(per_layer[note[0]], _of_layer(per_layer[note[0]])) for note in notes]
+        self._layers = [(per_layer[layer], _of_layer(per_layer[layer])) for layer in {note[0] for note in notes}]
         self._phase, self._of_phase = phase, _of_phase(phase)
 
     def restore(self) -> None:

@@ -1,7 +1,7 @@
 """What the cache and its reads did: counters per layer, phases, rates. Recording is cheap and safe from any thread.
 
-What a layer did is noted while a token is under way and counted when it is through, or when somebody asks: between the
-kernels' calls Python's code finds cold caches, where one thing done takes as long as several in a loop.
+What a layer did is noted while tokens are under way and counted after some dozens of them, or when somebody asks:
+between the kernels' calls Python's code finds cold caches, where one thing done takes as long as several in a loop.
 
 Rates and shares of nothing are None, never an error; counts start at 0. Seconds are wall-clock seconds.
 """
@@ -28,6 +28,8 @@ from .whole_file import replacing
 
 Phase = Literal["prompt", "answer"]
 Outcome = Literal["useful", "late", "wasted", "cancelled"]
+MOST_NOTES = 1024
+"""Of what layers did, before it is counted."""
 
 
 @dataclass
@@ -82,13 +84,13 @@ class RunStats:
         self._lock = threading.RLock()
         self._phase = self.prompt
         self._notes: deque[Note] = deque()
+        self._taken: list[Note] = []
+        """Those that are being counted."""
         self._before: tuple[Before, int] | None = None
         """While notes are counted: the counters before, and all requests."""
         self._in_flight = 0
         self._in_flight_since = 0.0
-        self._waited, self._missing = self.answer.stall_s, self.answer.missing
-        self._missing_in = 0
-        """Since the latest step."""
+        self._begin_step()
 
     # Recording
 
@@ -96,8 +98,11 @@ class RunStats:
         """What is recorded from now on belongs to `phase`."""
         with self._lock:
             self._count()
-            self._missing_in = 0
+            self._begin_step()
             self._phase = self.prompt if phase == "prompt" else self.answer
+
+    def _begin_step(self) -> None:
+        self._waited, self._missing, self._missing_in = 0.0, 0, 0
 
     def record(
         self,
@@ -111,26 +116,34 @@ class RunStats:
         """One layer's requests. `late` of the misses were in flight, `prefetch_hits` of the hits came by prefetch; the
         expert kernels ran for `kernels_s`, and the layer's experts took `layer_s` in all."""
         self._notes.append((layer, wanted, late, prefetch_hits, kernels_s, layer_s, 0.0))
-        if layer == self.layers - 1:
+        if wanted.misses or prefetch_hits:
+            self._missing += len(wanted.misses) + prefetch_hits
+            self._missing_in |= 1 << layer
+        if len(self._notes) >= MOST_NOTES:
             with self._lock:
                 self._count()
 
     def _count(self) -> None:
         """Count what has been noted. Other threads may go on noting meanwhile.
 
-        A Ctrl-C may fall between any two lines here: what it cuts off is left out. The uses are counted last and by a
-        single call into C, so they say how far it had come.
+        A Ctrl-C may fall between any two lines here: what it cuts off is counted the next time. The uses are counted
+        last and by a single call into C, so they say how far it had come.
         """
         if self._before is not None:
             before, requests = self._before
             if sum(self.uses.values()) == requests:
                 before.restore()
+            else:
+                self._taken.clear()
             self._before = None
-        notes = [self._notes.popleft() for _ in range(len(self._notes))]
-        self._before = Before(notes, self.per_layer, self._phase), self.prompt.requests + self.answer.requests
-        chosen = tuple(chain.from_iterable(chain.from_iterable(note[1] for note in notes)))
-        self._missing_in |= count(notes, self.per_layer, self._phase)
+        for _ in range(len(self._notes)):
+            self._taken.append(self._notes.popleft())  # one by one: none is lost
+        before = Before(self._taken, self.per_layer, self._phase)
+        self._before = before, self.prompt.requests + self.answer.requests
+        chosen = tuple(chain.from_iterable(chain.from_iterable(note[1] for note in self._taken)))
+        count(self._taken, self.per_layer, self._phase)
         self.uses.update(chosen)
+        self._taken.clear()
         self._before = None
 
     def read_started(self) -> None:
@@ -183,6 +196,7 @@ class RunStats:
     def record_stall(self, layer: int, seconds: float) -> None:
         """Compute waited `seconds` for bytes of `layer`."""
         self._notes.append((layer, NOTHING, 0, 0, 0.0, 0.0, seconds))
+        self._waited += seconds
 
     def record_compute(self, seconds: float) -> None:
         """The expert kernels ran for `seconds`."""
@@ -204,11 +218,9 @@ class RunStats:
             self.answer.steps += steps
             self.answer.seconds += seconds
             self.answer.forward_s += forward_s
-            self._count()
             if steps:
-                waited, missing = self.answer.stall_s, self.answer.missing
-                self.pace.append(Step(seconds, waited - self._waited, missing - self._missing, self._missing_in))
-                self._waited, self._missing, self._missing_in = waited, missing, 0
+                self.pace.append(Step(seconds, self._waited, self._missing, self._missing_in))
+                self._begin_step()
 
     # The whole
 
@@ -232,6 +244,7 @@ class RunStats:
         and guesses that have not ended."""
         with self._lock:
             self._notes.clear()
+            self._taken.clear()
             self._before = None
             in_prompt = self._phase is self.prompt
             self.per_layer = [LayerStats(prefetch_issued=outstanding(counters)) for counters in self.per_layer]
@@ -242,7 +255,7 @@ class RunStats:
                 self.device.reset()
             self.uses = Counter()
             self.pace.clear()
-            self._waited = self._missing = self._missing_in = 0
+            self._begin_step()
             self.time_to_first_token_s = self.finish_reason = None
             self._in_flight_since = self.clock()
 
@@ -272,7 +285,6 @@ class RunStats:
             self.pace.extend(theirs.pace)
             if self.device is not None and theirs.device is not None:
                 self.device.merge(theirs.device)
-            self._waited, self._missing = self.answer.stall_s, self.answer.missing
             peaks = [peak for peak in (self.peak_rss_bytes, theirs.peak_rss_bytes) if peak is not None]
             for name in DESCRIPTION:
                 if getattr(theirs, name) is not None:
@@ -309,7 +321,7 @@ class RunStats:
         from .report_text import as_text
         from .sections import sections
 
-        return as_text(sections(report(self)))
+        return as_text(sections(report(self.snapshot())))
 
     def summary(self) -> str:
         """The head of the report in a few lines; it takes no time."""
@@ -317,7 +329,7 @@ class RunStats:
         from .report_text import as_text
         from .sections import summary
 
-        return as_text(summary(report(self, replays=False)))
+        return as_text(summary(report(self.snapshot(), replays=False)))
 
     @property
     def read_s(self) -> float | None:

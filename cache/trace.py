@@ -120,19 +120,28 @@ class TraceWriter:
         if self.tokens > self._start:
             self._seq, self._start = self._seq + 1, self.tokens
 
-    def add(self, experts: Array, weights: Array, guesses: Array | None = None, ids: Sequence[int] = ()) -> None:
-        """The tokens of one forward: integers [T, L, k] and gate weights [T, L, k]; the dtype's largest value is none.
+    def add(
+        self,
+        experts: Array,
+        weights: Array,
+        guesses: Array | None = None,
+        ids: Sequence[int] = (),
+        one_by_one: bool = False,
+    ) -> None:
+        """Tokens of one forward, or `one_by_one` of as many: integers [T, L, k] and gate weights [T, L, k]; the dtype's
+        largest value is none.
 
         `guesses` like `experts`, or None when none were made. `ids` of the T tokens are left out where they are not
         recorded; any other number than T is not known.
         """
         tokens = len(experts)
+        phase = PREFILL if tokens > 1 and not one_by_one else DECODE
         self._guessed |= guesses is not None
         self._columns["experts"].append(experts)
         self._columns["weights"].append(weights)
         self._columns["guesses"].append(np.repeat(self._no_guess, tokens, 0) if guesses is None else guesses)
         self._columns["seq"].append(np.full(tokens, self._seq))
-        self._columns["phase"].append(np.full(tokens, PREFILL if tokens > 1 else DECODE))
+        self._columns["phase"].append(np.full(tokens, phase))
         if "ids" in self._columns:
             self._columns["ids"].append(np.array(ids) if len(ids) == tokens else np.full(tokens, -1))
         self.tokens += tokens

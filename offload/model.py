@@ -381,7 +381,7 @@ class Model:
             self._closed = True
             (self._on_device or self._runtime).close()
             if self.config.warm_start:
-                self._popularity.add(self._stats.uses)
+                self._popularity.add(self._stats.snapshot().uses)
             self._store.close()
             self._recorder.close()
             if self._template is not None:

@@ -71,4 +71,4 @@ def a_run(
         run.record_compute(compute)
         run.record_answer(1, 1, seconds, forward_s=seconds - other / 2)
     run.residents = sorted({expert for step in steps[-LAYERS:] for expert in step})
-    return run
+    return run.snapshot()

@@ -140,7 +140,7 @@ def test_after_an_interruption_at_any_line_of_the_counting_a_saved_run_can_be_re
         stats.save(tmp_path / "last.json")
         stats.record(0, lookup(5, 3))
         stats.check()
-        assert RunStats.load(tmp_path / "last.json").total("requests") in (32, 40, 48), "a layer is counted or left out"
+        assert RunStats.load(tmp_path / "last.json").total("requests") in (32, 40, 48), "nothing is lost"
         at += 1
     assert at > 50
 

@@ -108,10 +108,41 @@ def test_layers_that_choose_fewer_experts_are_filled_up(tmp_path):
     recorder = RoutingRecorder(writer, layers=2, top_k=2)
     recorder.record(0, torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.5]], dtype=torch.bfloat16), None)
     recorder.record(1, torch.tensor([[4]]), torch.tensor([[1.0]], dtype=torch.bfloat16), None)
+    recorder.record_token(0, [1, 3], torch.tensor([[0.25, 0.5]]), [6])
+    recorder.record_token(1, [4], torch.tensor([[-1.0]]), [])
     recorder.close()
     trace = read_trace(tmp_path / "run.npz")
-    assert trace.experts.tolist() == [[[3, 1], [4, 255]]]
-    assert Requests(trace).total == 3
+    assert trace.experts.tolist() == [[[3, 1], [4, 255]]] * 2
+    assert trace.weights is not None and trace.guesses is not None
+    assert trace.weights[1].tolist() == [[0.5, 0.25], [-1.0, 0.0]]
+    assert trace.guesses[1].tolist() == [[255, 255], [6, 255]]
+    assert Requests(trace).total == 6
+
+
+def test_single_tokens_wait_to_be_written_together_but_never_out_of_turn(tmp_path):
+    writer = TraceWriter(tmp_path / "run.npz", layers=1, experts=8, top_k=1, model=None, with_ids=True)
+    recorder, weights = RoutingRecorder(writer, layers=1, top_k=1), torch.tensor([[1.0]])
+
+    def token(expert: int) -> None:
+        recorder.feed([10 + expert])
+        recorder.record_token(0, [expert], weights, ())
+
+    for _ in range(recorder.together):
+        token(1)
+    assert writer.tokens == recorder.together
+    token(2)
+    recorder.feed([20, 21])
+    recorder.record(0, torch.tensor([[3], [4]]), torch.tensor([[1.0], [1.0]]), None)
+    token(5)
+    recorder.new_sequence()
+    token(6)
+    recorder.close()
+    trace = read_trace(tmp_path / "run.npz")
+    assert trace.experts.reshape(-1).tolist() == [1] * recorder.together + [2, 3, 4, 5, 6]
+    assert trace.seq.tolist() == [0] * (recorder.together + 4) + [1]
+    assert trace.phase.tolist() == [DECODE] * (recorder.together + 1) + [PREFILL] * 2 + [DECODE] * 2
+    assert trace.ids is not None
+    assert trace.ids.tolist() == [11] * recorder.together + [12, 20, 21, 15, 16]
 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_converted(store, tmp_path, monkeypatch):
