@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
-from .expert import Lookup
 from .json_fields import of_kind
-
-Note = tuple[int, Lookup, int, int, float, float, float]
-"""What one layer did: the arguments of `RunStats.record`, and the seconds that it waited for bytes."""
-NOTHING = Lookup((), ())
 
 
 @dataclass(slots=True)
@@ -70,52 +63,6 @@ class Step(NamedTuple):
     missing: int
     missing_in: int
     """The layers that `missing` were of, a bit each, the first layer's the lowest."""
-
-
-def count(notes: Iterable[Note], per_layer: Sequence[LayerStats], phase: PhaseStats) -> None:
-    """Add what layers did in `phase` to the counters."""
-    requests = hits = 0
-    kernels = layers = 0.0
-    for layer, (hit, missed), late, prefetch_hits, kernels_s, layer_s, stall_s in notes:
-        counters = per_layer[layer]
-        counters.requests += len(hit) + len(missed)
-        counters.hits += len(hit)
-        if missed or prefetch_hits or stall_s:
-            counters.misses += len(missed)
-            counters.late += late
-            counters.prefetch_hits += prefetch_hits
-            counters.stall_s += stall_s
-            phase.missing += len(missed) + prefetch_hits
-            phase.stall_s += stall_s
-        requests += len(hit) + len(missed)
-        hits += len(hit)
-        kernels += kernels_s
-        layers += layer_s
-    phase.requests += requests
-    phase.hits += hits
-    phase.compute_s += kernels
-    phase.layers_s += layers
-
-
-_IN_LAYER = "requests", "hits", "misses", "late", "prefetch_hits", "stall_s"
-_IN_PHASE = "requests", "hits", "missing", "stall_s", "compute_s", "layers_s"
-_of_layer, _of_phase = attrgetter(*_IN_LAYER), attrgetter(*_IN_PHASE)
-
-
-class Before:
-    """What `count` changes, as it was before notes were counted."""
-
-    def __init__(self, notes: Iterable[Note], per_layer: Sequence[LayerStats], phase: PhaseStats) -> None:
-        self._layers = [(per_layer[layer], _of_layer(per_layer[layer])) for layer in {note[0] for note in notes}]
-        self._phase, self._of_phase = phase, _of_phase(phase)
-
-    def restore(self) -> None:
-        """May itself be interrupted, and done again."""
-        for counters, values in self._layers:
-            for name, value in zip(_IN_LAYER, values, strict=True):
-                setattr(counters, name, value)
-        for name, value in zip(_IN_PHASE, self._of_phase, strict=True):
-            setattr(self._phase, name, value)
 
 
 Counters = TypeVar("Counters", LayerStats, PhaseStats)

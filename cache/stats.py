@@ -1,7 +1,6 @@
 """What the cache and its reads did: counters per layer, phases, rates. Recording is cheap and safe from any thread.
 
-What a layer did is noted while tokens are under way and counted after some dozens of them, or when somebody asks:
-between the kernels' calls Python's code finds cold caches, where one thing done takes as long as several in a loop.
+What a layer did is noted while tokens are under way and counted after some dozens of them, or when somebody asks.
 
 Rates and shares of nothing are None, never an error; counts start at 0. Seconds are wall-clock seconds.
 """
@@ -15,14 +14,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from .counters import NOTHING, Before, LayerStats, Note, PhaseStats, Step, check, copied, count, outstanding
+from .counters import LayerStats, PhaseStats, Step, check, copied, outstanding
 from .device_stats import DeviceStats
 from .expert import ExpertId, Lookup
 from .history import History
+from .notes import Notes
 from .saved_stats import DAMAGED, DESCRIPTION, FORMAT_VERSION, MOST_STEPS, read_saved
 from .whole_file import replacing
 
@@ -83,11 +82,7 @@ class RunStats:
         assert len(self.per_layer) == self.layers, f"{len(self.per_layer)} layers of counters for {self.layers} layers"
         self._lock = threading.RLock()
         self._phase = self.prompt
-        self._notes: deque[Note] = deque()
-        self._taken: list[Note] = []
-        """Those that are being counted."""
-        self._before: tuple[Before, int] | None = None
-        """While notes are counted: the counters before, and all requests."""
+        self._notes = Notes()
         self._in_flight = 0
         self._in_flight_since = 0.0
         self._begin_step()
@@ -115,36 +110,18 @@ class RunStats:
     ) -> None:
         """One layer's requests. `late` of the misses were in flight, `prefetch_hits` of the hits came by prefetch; the
         expert kernels ran for `kernels_s`, and the layer's experts took `layer_s` in all."""
-        self._notes.append((layer, wanted, late, prefetch_hits, kernels_s, layer_s, 0.0))
-        if wanted.misses or prefetch_hits:
-            self._missing += len(wanted.misses) + prefetch_hits
+        hits, misses = wanted
+        self._notes.add((layer, hits, misses, late, prefetch_hits, kernels_s, layer_s, 0.0))
+        if misses or prefetch_hits:
+            self._missing += len(misses) + prefetch_hits
             self._missing_in |= 1 << layer
-        if len(self._notes) >= MOST_NOTES:
+        if layer == self.layers - 1 and len(self._notes) >= MOST_NOTES:
             with self._lock:
                 self._count()
 
     def _count(self) -> None:
-        """Count what has been noted. Other threads may go on noting meanwhile.
-
-        A Ctrl-C may fall between any two lines here: what it cuts off is counted the next time. The uses are counted
-        last and by a single call into C, so they say how far it had come.
-        """
-        if self._before is not None:
-            before, requests = self._before
-            if sum(self.uses.values()) == requests:
-                before.restore()
-            else:
-                self._taken.clear()
-            self._before = None
-        for _ in range(len(self._notes)):
-            self._taken.append(self._notes.popleft())  # one by one: none is lost
-        before = Before(self._taken, self.per_layer, self._phase)
-        self._before = before, self.prompt.requests + self.answer.requests
-        chosen = tuple(chain.from_iterable(chain.from_iterable(note[1] for note in self._taken)))
-        count(self._taken, self.per_layer, self._phase)
-        self.uses.update(chosen)
-        self._taken.clear()
-        self._before = None
+        """Count what has been noted. Other threads may go on noting meanwhile."""
+        self._notes.count(self.per_layer, self._phase, self.uses, self.prompt.requests + self.answer.requests)
 
     def read_started(self) -> None:
         """A read went to the disk. Each one ends in `read_paused`, `read_finished` or `read_failed`."""
@@ -195,7 +172,7 @@ class RunStats:
 
     def record_stall(self, layer: int, seconds: float) -> None:
         """Compute waited `seconds` for bytes of `layer`."""
-        self._notes.append((layer, NOTHING, 0, 0, 0.0, 0.0, seconds))
+        self._notes.add((layer, (), (), 0, 0, 0.0, 0.0, seconds))
         self._waited += seconds
 
     def record_compute(self, seconds: float) -> None:
@@ -244,8 +221,6 @@ class RunStats:
         and guesses that have not ended."""
         with self._lock:
             self._notes.clear()
-            self._taken.clear()
-            self._before = None
             in_prompt = self._phase is self.prompt
             self.per_layer = [LayerStats(prefetch_issued=outstanding(counters)) for counters in self.per_layer]
             self.prompt, self.answer = PhaseStats(), PhaseStats()

@@ -131,7 +131,7 @@ def test_after_an_interruption_at_any_line_of_the_counting_a_saved_run_can_be_re
     at, happened = 0, True
     while happened:
         stats = a_run(tokens=3, stall_s=0.01)
-        with Interruption(("cache.stats", "cache.counters"), at) as interruption, suppress(KeyboardInterrupt):
+        with Interruption(("cache.stats", "cache.notes"), at) as interruption, suppress(KeyboardInterrupt):
             for layer in range(2):
                 stats.record_stall(layer, 0.25)
                 stats.record(layer, lookup(5, 3, layer), late=2, prefetch_hits=1)

@@ -23,7 +23,7 @@ ORDER = {
     ),
     "cache": (
         "expert units json_fields whole_file order published forecast analog hybrid policy eviction "
-        "manager plain_cache renewal trace history replay counters device_stats saved_stats cost advice machine "
+        "manager plain_cache renewal trace history replay counters notes device_stats saved_stats cost advice machine "
         "routing strategies simulate verdict report sections report_text charts report_html stats "
         "past_runs answer_line self_test"
     ),
