@@ -123,6 +123,13 @@ class ExpertCache(ABC):
         single pass over an expert says little about the answer).
         """
 
+    def use(self, steps: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[ExpertId, ...]]:
+        """`lookup` for several layers of one token, whose distinct experts have to be there: the hits of each."""
+        found = [self.lookup(layer, indices) for layer, indices in steps]
+        missing = [expert for wanted in found for expert in wanted.misses]
+        assert not missing, f"not there: {missing}"
+        return [wanted.hits for wanted in found]
+
     @abstractmethod
     def slot_of(self, expert: ExpertId) -> int | None:
         """The slot of a resident expert (arriving ones included), else None."""

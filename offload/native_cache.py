@@ -6,6 +6,7 @@ import ctypes
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 from ..cache.expert import ExpertId, Lookup
 from ..cache.manager import Admission, ExpertCache, Table
@@ -69,6 +70,14 @@ class NativeCache(ExpertCache):
         ids = self._ids[layer]
         experts = tuple([ids[index] for index in self._indices[: hits + self._misses[0]]])
         return Lookup(experts[:hits], experts[hits:])
+
+    def use(self, steps: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[ExpertId, ...]]:
+        layers, counts = array("i", [layer for layer, _ in steps]), array("i", [len(indices) for _, indices in steps])
+        flat = array("i", chain.from_iterable([indices for _, indices in steps]))
+        addresses = [numbers.buffer_info()[0] for numbers in (layers, counts, flat)]
+        status = self._c.pm_cache_use(self._handle, len(steps), *addresses)
+        assert not status, f"not all there: {steps}"
+        return [tuple([self._ids[layer][index] for index in indices]) for layer, indices in steps]
 
     def slot_of(self, expert: ExpertId) -> int | None:
         slot = self._slots[expert[0]][expert[1]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from ..cache.expert import ExpertId
@@ -24,7 +24,7 @@ class Prefetch(Protocol):
         """Read these experts of `layer` ahead, where there is room; the likeliest come first."""
         ...
 
-    def settle(self, layer: int, chosen: set[int]) -> None:
+    def settle(self, layer: int, chosen: Collection[int]) -> None:
         """`layer`'s router has spoken: note what has arrived, drop the guesses that it disproves."""
         ...
 
@@ -141,7 +141,7 @@ class Prefetcher:
         urgency = Urgency.AHEAD if precision >= self._worth else Urgency.IDLE
         self._flying[expert] = self._transfers.fetch(expert, self._slots.view(admission.slot), urgency)
 
-    def settle(self, layer: int, chosen: set[int]) -> None:
+    def settle(self, layer: int, chosen: Collection[int]) -> None:
         for rank, index in self._guessed.pop(layer, ()):
             self._precision.note(rank, index in chosen)
         for expert, ticket in list(self._flying.items()):
@@ -207,7 +207,7 @@ class NoPrefetch:
     def request(self, layer: int, indices: Sequence[int]) -> None:
         pass
 
-    def settle(self, layer: int, chosen: set[int]) -> None:
+    def settle(self, layer: int, chosen: Collection[int]) -> None:
         pass
 
     def claim(self, expert: ExpertId) -> Ticket:

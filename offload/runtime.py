@@ -197,19 +197,25 @@ class ExpertRuntime:
         """Do the books of layers that a token went through alone.
 
         Args:
-            layers: in their order: layer, experts ascending, the kernels' seconds.
+            layers: at least one, in their order: layer, experts ascending, the kernels' seconds.
             began: when the token's step began.
         """
-        for layer, experts, compute_s in layers:
-            start = time.perf_counter()
-            wanted, late, ahead = self._ask(layer, experts, True, began)
-            assert not wanted.misses, (layer, wanted)
-            self.stats.record(layer, wanted, late, ahead, compute_s, compute_s + time.perf_counter() - start)
-            self._end(layer, True)
+        start = time.perf_counter()
+        for layer, experts, _ in layers:
+            self.prefetch.settle(layer, experts)
+        found = self.cache.use([(layer, experts) for layer, experts, _ in layers])
+        for (layer, _, compute_s), hits in zip(layers, found, strict=True):
+            ahead = self.prefetch.first_uses(hits)
+            self.note_missing(layer, ahead, began)
+            self.history.record(layer, hits)
+            now = time.perf_counter()
+            self.stats.record(layer, Lookup(hits, ()), 0, ahead, compute_s, compute_s + now - start)
+            start = now
+        self._end(layers[-1][0], True)
 
     def _ask(self, layer: int, experts: list[int], single: bool, began: float) -> tuple[Lookup, int, int]:
         """Who is there, how many are on their way, and how many of those who are there came by prefetch."""
-        self.prefetch.settle(layer, set(experts))
+        self.prefetch.settle(layer, experts)
         wanted = self.cache.lookup(layer, experts, promote=single)
         late = sum(map(self.cache.is_arriving, wanted.misses))
         ahead = self.prefetch.first_uses(wanted.hits)

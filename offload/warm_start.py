@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ..cache.expert import ExpertId
 from ..cache.manager import ExpertCache
@@ -47,7 +47,7 @@ class WarmStart:
     def request(self, layer: int, indices: Sequence[int]) -> None:
         self._inner.request(layer, indices)
 
-    def settle(self, layer: int, chosen: set[int]) -> None:
+    def settle(self, layer: int, chosen: Collection[int]) -> None:
         if self._flying:
             self._land_all()
             wanted = min(len(chosen), 2 * self._cache.floor)

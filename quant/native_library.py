@@ -59,6 +59,7 @@ _FUNCTIONS = {
     "pm_cache_destroy": ((_POINTER,), None),
     "pm_cache_count": ((_POINTER,), _SIZE),
     "pm_cache_lookup": ((_POINTER, _INT, _POINTER, _SIZE, _INT, _POINTER), _INT),
+    "pm_cache_use": ((_POINTER, _INT, _POINTER, _POINTER, _POINTER), _INT),
     "pm_cache_admit": ((_POINTER, _INT, _POINTER, _SIZE, _INT, _POINTER, _POINTER), _INT),
     "pm_cache_victim": ((_POINTER, _INT), _INT),
     "pm_cache_release": ((_POINTER, _INT), _INT),

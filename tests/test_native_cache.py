@@ -55,6 +55,12 @@ class Twins:
                     self.tell(what, ExpertId(layer, index))
 
 
+def idle(twins: Twins) -> list[list[int]]:
+    """Of each layer those who are resident and not on their way."""
+    there = [expert for expert in sorted(twins.plain.residents()) if expert not in twins.arriving]
+    return [[expert.index for expert in there if expert.layer == layer] for layer in range(LAYERS)]
+
+
 def request(twins: Twins, rng: np.random.Generator, layer: int, count: int) -> None:
     """One step of a layer, as the runtime takes it; some reads are left on their way, or fail."""
     popular = 1.0 / (1 + np.arange(EXPERTS[layer])) ** 1.2
@@ -87,6 +93,7 @@ def test_two_caches_that_are_told_the_same_answer_the_same(policy):
             if rng.integers(6) == 0:
                 twins.tell("lock", [somebody])
                 twins.locked.append(somebody)
+        twins.tell("use", [(layer, there[: token % 3]) for layer, there in enumerate(idle(twins))])
         twins.tell("tick")
         if token % 5 == 0:
             twins.tell("unlock", twins.locked)
@@ -151,6 +158,8 @@ def test_what_does_not_exist_is_refused():
             cache.lookup(layer, [index])
     with pytest.raises(AssertionError, match="not in one of 3 layers"):
         cache.admit_all([ExpertId(3, 0)])
+    with pytest.raises(AssertionError, match="not all there"):
+        cache.use([(1, [0])])
     with pytest.raises(AssertionError, match="not resident"):
         cache.slots_of([ExpertId(0, 0)])
     cache.admit(ExpertId(0, 0))

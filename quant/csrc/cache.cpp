@@ -56,6 +56,15 @@ int32_t pm_cache_lookup(pm_cache* cache, int32_t layer, int32_t* indices, int64_
     return status == PM_OK ? hits : -status;
 }
 
+int32_t pm_cache_use(pm_cache* cache, int32_t steps, const int32_t* layers, const int32_t* counts, int32_t* indices) {
+    for (int32_t step = 0; step < steps; indices += counts[step++]) {
+        int32_t misses = 0;
+        const int32_t hits = pm_cache_lookup(cache, layers[step], indices, counts[step], true, &misses);
+        if (hits != counts[step]) return hits < 0 ? -hits : PM_BAD_ARGUMENT;
+    }
+    return PM_OK;
+}
+
 int32_t pm_cache_admit(pm_cache* cache, int32_t layer, const int32_t* indices, int64_t count, int32_t transient,
                        int32_t* slots, int32_t* evicted) {
     int32_t admitted = 0;

@@ -261,6 +261,11 @@ PM_API int64_t pm_cache_count(const pm_cache* cache);
 PM_API int32_t pm_cache_lookup(pm_cache* cache, int32_t layer, int32_t* indices, int64_t count, int32_t promote,
                                int32_t* misses);
 
+// The same for `steps` layers of one token, with counts[i] experts each, one after the other in `indices`, which are all
+// hits and each given once. PM_BAD_ARGUMENT: they are not; some of them may have been requested by then.
+PM_API int32_t pm_cache_use(pm_cache* cache, int32_t steps, const int32_t* layers, const int32_t* counts,
+                            int32_t* indices);
+
 // Gives experts that are not resident a slot, one after the other, until nobody may leave. `evicted`: their numbers, -1
 // where a slot was free. Returns how many were admitted, or minus an error code.
 PM_API int32_t pm_cache_admit(pm_cache* cache, int32_t layer, const int32_t* indices, int64_t count, int32_t transient,
