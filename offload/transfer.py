@@ -107,8 +107,8 @@ class ThreadedTransfers:
     Args:
         ahead: most guesses that are read at the same time: enough to keep the disk busy while there is no demand, few
             enough that demand does not have to wait for many, and that the others can still be cancelled.
-        piece_bytes: most bytes of a guess that are read at once; a multiple of 4 KiB. Guesses at larger records are
-            not read beside demand either, which one such record at a time is enough for.
+        piece_bytes: most bytes of a guess that are read at once; a multiple of 4 KiB. Larger records keep the disk busy
+            one by one, so guesses at them are read one at a time, and only while nothing else is.
     """
 
     def __init__(
@@ -197,8 +197,6 @@ class ThreadedTransfers:
                 stop = self._reader.record_bytes
                 if ticket.urgency is not Urgency.DEMAND:
                     stop = min(stop, ticket.read + self._piece_bytes)
-                if self._next_queue():
-                    self._work.notify_all()
             _read(self._reader, self._observer, ticket, stop)
             with self._lock:
                 del self._running[ticket]
@@ -223,10 +221,8 @@ class ThreadedTransfers:
         running = self._running.values()
         if urgency is Urgency.DEMAND:
             return True
-        if urgency is not Urgency.AHEAD:
+        if urgency is not Urgency.AHEAD or self._reader.record_bytes > self._piece_bytes:
             return not running
-        if self._reader.record_bytes > self._piece_bytes and Urgency.DEMAND in running:
-            return False
         return sum(other is not Urgency.DEMAND for other in running) < self._most_ahead
 
     def _drop_all(self) -> None:

@@ -111,6 +111,16 @@ def test_a_likely_guess_overtakes_one_for_an_idle_disk(reader, start):
     assert [reader.next() for _ in range(4)] == [(B, SECOND), (B, LAST), (A, SECOND), (A, LAST)]
 
 
+def test_guesses_are_read_one_after_the_other_even_if_a_reader_is_free(reader, start):
+    transfers, guess = start(readers=2)
+    transfers.fetch(B, view(), AHEAD)
+    while not transfers._work._waiters:  # the other reader has nothing to do
+        assert reader.begun.empty()
+    reader.step(A, 3)
+    finish(transfers, guess)
+    assert [reader.next() for _ in range(3)] == [(A, SECOND), (A, LAST), (B, FIRST)]
+
+
 def test_a_guess_does_not_go_on_beside_demand_even_if_a_reader_is_free(reader, start):
     transfers, guess = start(readers=2)
     demand = transfers.fetch(B, view(), DEMAND)
@@ -122,18 +132,6 @@ def test_a_guess_does_not_go_on_beside_demand_even_if_a_reader_is_free(reader, s
     assert reader.next() == (A, SECOND)
     reader.step(A, 2)
     finish(transfers, guess, demand)
-
-
-def test_when_demand_is_through_all_guesses_that_may_be_read_at_a_time_go_on(reader, start):
-    transfers, _ = start(readers=3)
-    transfers.fetch(B, view(), DEMAND)
-    assert reader.next() == (B, WHOLE)
-    transfers.fetch(C, view(), AHEAD)
-    reader.step(A)
-    while len(transfers._work._waiters) < 2:
-        assert reader.begun.empty()
-    reader.step(B)
-    assert {reader.next(), reader.next()} == {(A, SECOND), (C, FIRST)}
 
 
 def test_a_guess_that_is_promoted_in_mid_read_goes_on_from_there_to_its_end(reader, start, stats):
