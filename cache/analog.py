@@ -2,10 +2,12 @@
 
 A token that chooses much the same experts as an earlier one is mostly followed by what followed that one, too: analog
 forecasting, as Lorenz named it in 1969. So at each layer's turn the present token is compared with the latest WINDOW:
-by what it has chosen so far, which counts twice, and where it has not chosen yet by what the token before it chose. The
-NEAREST vote with the experts that the layer chose in their next tokens. An expert's pace, in uses per token, is what
+by what it has chosen so far, which counts threefold, and where it has not chosen yet by what the token before it chose.
+The NEAREST vote: for what this token will use in the layers that are still to come, with what they and the tokens after
+them chose there; for what the next will use, each with one token later. An expert's pace, in uses per token, is what
 `forecast` makes of its uses alone, and VOTE times its share of the votes; its next use is expected 1 / pace tokens
-after its layer's turn, and the estimates hold until the next one.
+after its layer's turn. Residents are ranked anew at their layer's turn, by the votes of that moment, and once more when
+they are about to leave: the layers' turns since then have brought better ones.
 
 The constants were chosen on every second sequence of a collection of gpt-oss-20b routing and tested on the others
 (docs/notes/cache-policies.md); none of them is critical.
@@ -24,17 +26,15 @@ from .forecast import DOUBT, HALF_LIFE, SPAN
 from .order import Order, Ranked
 
 WINDOW, NEAREST, VOTE = 512, 8, 2.0  # tokens, tokens, uses per token where all agree
-AHEAD = 4  # tokens after a similar one that vote, each half as much as the one before
-SHARPNESS = 1.5  # of the weights, by experts in common
+AHEAD = 6  # tokens from a similar one on that vote, each half as much as the one before
 UNIT = 1 << 20  # a vote of the nearest: votes are whole numbers, which add up to the same in any order
 NEVER = -1e6
-INSTANT = 1e-6  # tokens between two requests: no two are at the same time
 Array = np.ndarray[Any, Any]
-_EXPERT = np.dtype([("rank", float), ("uses", float), ("last", float), ("share", float), ("used", np.uint8, (WINDOW,))])
+_EXPERT = np.dtype([("rank", float), ("uses", float), ("last", float), ("used", np.uint8, (WINDOW,))])
 
 
 class Analog(Order["_Layer"]):
-    """The expert whose next use is expected last leaves first: of each layer as its latest turn expected it."""
+    """The expert whose next use is expected last leaves first."""
 
     def __init__(self, capacity: int = 0, cycle: int = 0) -> None:
         super().__init__()
@@ -54,6 +54,12 @@ class Analog(Order["_Layer"]):
     def remove(self, expert: ExpertId) -> None:
         self.estimates.leave(*expert)
         self.stale.add(expert[0])
+
+    def reconsider(self, expert: ExpertId) -> bool:
+        changed = self.estimates.reconsider(*expert)
+        if changed:
+            self.stale.add(expert[0])
+        return changed
 
     def resize(self, capacity: int) -> None:
         pass
@@ -78,10 +84,12 @@ class Estimates:
     """
 
     def __init__(self, cycle: int, layers: dict[int, _Layer]) -> None:
-        self._cycle = cycle
-        self._sharpness = SHARPNESS / sqrt(max(cycle, 1))  # overlaps spread like the root of what can overlap
+        self._cycle = max(cycle, 1)
+        self._spread = sqrt(self._cycle)  # of the experts in common: the root of what can be
         self._layers = layers
         self._likeness = np.zeros(WINDOW, np.uint16)  # experts in common with each of the latest tokens
+        self._voters: Array = np.zeros(0, np.int64)  # the places of tokens
+        self._votes: Array = np.zeros(0, np.int64)  # of each
         self._tokens = 0  # that were remembered
         self._token, self._used = 0.0, 0  # the present one, and how many experts it has used
 
@@ -90,26 +98,34 @@ class Estimates:
         turn, which gives all its residents new ranks."""
         of, token = self._layers.get(layer) or self._layers.setdefault(layer, _Layer()), self._token
         of.make_room(max(experts) + 1)
-        known = of.experts
-        begins = of.turn != token
+        known, now = of.experts, self._tokens % WINDOW
+        begins = of.turn < token
         if begins:  # the layer counts with what it chooses in this token, no longer with what it chose in the last
             self._likeness -= of.then
-            known["uses"] *= 2.0 ** ((of.turn - token) / HALF_LIFE)
-            of.turn = token
+            turn = float(self._time(self._used))
+            known["uses"] *= 2.0 ** ((of.turn - turn) / HALF_LIFE)
+            of.turn = turn
         chosen = [expert for expert in experts if known["last"][expert] < token]
         alike = known["used"][chosen].sum(axis=0, dtype=np.uint16)
         of.now += alike
-        self._likeness += 2 * alike
-        of.chosen += chosen
+        self._likeness += 3 * alike
+        known["used"][chosen, now] = 1
         known["uses"][chosen] += 1.0
         if begins:
-            self._estimate(known)
+            self._poll()
+            self._rank(of, np.flatnonzero(known["rank"] != inf))
         every = list(experts)  # numpy takes a tuple for dimensions
-        instants = INSTANT * np.arange(self._used, self._used + len(every))
-        known["last"][every] = token + instants
-        known["rank"][every] = instants - _wait(known[every], SPAN) - token
+        known["last"][every] = self._time(np.arange(self._used, self._used + len(every)))
         self._used += len(every)
+        self._rank(of, every)
         return begins
+
+    def reconsider(self, layer: int, expert: int) -> bool:
+        """Whether a resident has another rank by the votes as they are now; it has that one from now on."""
+        of = self._layers[layer]
+        former = of.experts["rank"][expert]
+        self._rank(of, [expert])
+        return bool(of.experts["rank"][expert] != former)
 
     def leave(self, layer: int, expert: int) -> None:
         """It is not resident any more. Raises KeyError if it was not."""
@@ -137,43 +153,40 @@ class Estimates:
     def _ranks(self, layer: int) -> Array:
         return self._layers[layer].experts["rank"] if layer in self._layers else np.zeros(0)
 
-    def _estimate(self, known: Array) -> None:
-        """New shares for all, new ranks for the residents, none of them chosen."""
-        votes = self._votes()
-        voters = np.flatnonzero(votes)
-        known["share"] = known["used"][:, voters] @ votes[voters] / max(votes.sum(), 1)
-        ages = self._token - known["last"]
-        ranks = -_wait(known, SPAN * np.sqrt(ages + 1.0)) - self._token
-        known["rank"][:] = np.where(known["rank"] == inf, inf, ranks)
+    def _time(self, used: int | Array) -> Array:
+        """In tokens: the present one, and how much of it has been used."""
+        return self._token + np.minimum(used, self._cycle - 1) / self._cycle
 
-    def _votes(self) -> Array:
-        """How much each of the latest tokens counts for what comes next."""
+    def _rank(self, of: _Layer, experts: Array | list[int]) -> None:
+        """New ranks. One use in `span` tokens is expected for each past one."""
+        known = of.experts[experts]
+        over = int(of.turn >= self._token)  # the layer's turn: it uses nothing more before the next token
+        share = known["used"][:, (self._voters + over) % WINDOW] @ self._votes / max(self._votes.sum(), 1)
+        span = SPAN * np.sqrt(of.turn - known["last"] + 1.0)
+        of.experts["rank"][experts] = -span / (known["uses"] + DOUBT + VOTE * share * span) - of.turn
+
+    def _poll(self) -> None:
+        """Who votes for this token, and how much they count."""
         now = self._tokens % WINDOW
         order = self._likeness.astype(np.int64) * WINDOW + np.arange(WINDOW)  # of equals the one that is later in it
-        order[[now, now - 1]] = 0  # nothing has come after them
+        order[now] = 0
         nearest = order[np.argpartition(order, -NEAREST)[-NEAREST:]].tolist()
         votes = np.zeros(WINDOW, np.int64)
         for alike, at in (divmod(token, WINDOW) for token in nearest if token >= WINDOW):
-            each = round(UNIT * exp(-self._sharpness * (max(nearest) // WINDOW - alike)))
-            for ahead in range(1, min(AHEAD, (now - at - 1) % WINDOW) + 1):
+            each = round(UNIT * exp((alike - max(nearest) // WINDOW) / self._spread))
+            for ahead in range(min(AHEAD, (now - at) % WINDOW)):
                 votes[(at + ahead) % WINDOW] += each << (AHEAD - ahead)
-        return votes
+        self._voters = np.flatnonzero(votes)
+        self._votes = votes[self._voters]
 
     def _remember(self, as_token: bool) -> None:
-        now = self._tokens % WINDOW
-        for layer in self._layers.values():
-            if as_token:
-                layer.experts["used"][:, now] = 0
-                layer.experts["used"][layer.chosen, now] = 1
-            layer.then = np.roll(layer.now, 1) if as_token else np.zeros(WINDOW, np.uint16)
-            layer.now, layer.chosen = np.zeros(WINDOW, np.uint16), []
-        self._likeness = sum((layer.then for layer in self._layers.values()), np.zeros(WINDOW, np.uint16))
         self._tokens += as_token
-
-
-def _wait(known: Array, span: Array | float) -> Array:
-    """Tokens until the next use, of which one in `span` is expected for each past one."""
-    return span / (known["uses"] + DOUBT + VOTE * known["share"] * span)
+        self._voters = (self._voters + 1) % WINDOW
+        for layer in self._layers.values():
+            layer.experts["used"][:, self._tokens % WINDOW] = 0  # the next takes the oldest's place
+            layer.then = np.roll(layer.now, 1) if as_token else np.zeros(WINDOW, np.uint16)
+            layer.now = np.zeros(WINDOW, np.uint16)
+        self._likeness = sum((layer.then for layer in self._layers.values()), np.zeros(WINDOW, np.uint16))
 
 
 class _Layer:
@@ -181,9 +194,8 @@ class _Layer:
 
     def __init__(self) -> None:
         self.experts = np.zeros(0, _EXPERT)  # `used`: 1 where one of the latest tokens has chosen it; the tokens a ring
-        self.chosen: list[int] = []  # in this token
         self.now = self.then = np.zeros(WINDOW, np.uint16)  # experts in common in this token, and in the one before
-        self.turn = -1.0  # the token of the latest
+        self.turn = -1.0  # when the latest began
 
     def make_room(self, count: int) -> None:
         if count > len(self.experts):

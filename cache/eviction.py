@@ -86,9 +86,12 @@ class Eviction:
             lowest = min(self._open)  # but its own layer may always give, down to nothing
             giving = layer if self._ranks[layer] <= lowest else self._open.index(lowest)
             head = self._heads[giving]
-            if head not in self._locked and head not in self._arriving:
+            if head is None:
+                return None
+            if head in self._locked or head in self._arriving:
+                self._stale.add(giving)
+            elif head in self.transient[giving] or not self._policy.reconsider(head):
                 return head
-            self._stale.add(giving)
 
     def order(self) -> list[ExpertId]:
         """All residents, who leaves first comes first, whoever is in use and whatever the floors are."""

@@ -34,6 +34,9 @@ class Order(ABC, Generic[T]):
             return heapq.merge(*map(self._of_layer, self._layers), key=itemgetter(1))
         return self._of_layer(layer) if layer in self._layers else iter(())
 
+    def reconsider(self, expert: ExpertId) -> bool:
+        return False
+
     @abstractmethod
     def _of_layer(self, layer: int) -> Iterator[Ranked]:
         """Residents of one layer, by ascending rank."""

@@ -38,6 +38,11 @@ class EvictionPolicy(Protocol):
         """
         ...
 
+    def reconsider(self, expert: ExpertId) -> bool:
+        """The resident `expert` is about to leave. True if its place or rank has changed now that it was looked at
+        again: then whoever is first must be asked. Asked twice in a row, the second answer is no."""
+        ...
+
     def resize(self, capacity: int) -> None:
         """The cache has `capacity` slots from now on."""
         ...

@@ -200,17 +200,20 @@ def _serve(steps: Sequence[Step], policy: EvictionPolicy, slots: int, layers: in
                 if free:
                     free -= 1
                 else:
-                    for changed in stale:
-                        heads[changed], rank = None, _NOBODY
-                        for head, place in victims(changed):
-                            if head not in step:
-                                heads[changed], rank = head, place
-                                break
-                        lowest[changed], offers[changed] = rank, rank if counts[changed] > floor else _NOBODY
-                    stale.clear()
-                    least = min(offers)
-                    victim = heads[layer] if lowest[layer] <= least else heads[offers.index(least)]
-                    assert victim is not None, (expert, slots)
+                    while True:
+                        for changed in stale:
+                            heads[changed], rank = None, _NOBODY
+                            for head, place in victims(changed):
+                                if head not in step:
+                                    heads[changed], rank = head, place
+                                    break
+                            lowest[changed], offers[changed] = rank, rank if counts[changed] > floor else _NOBODY
+                        stale.clear()
+                        least = min(offers)
+                        victim = heads[layer] if lowest[layer] <= least else heads[offers.index(least)]
+                        assert victim is not None, (expert, slots)
+                        if not policy.reconsider(victim):
+                            break
                     remove(victim)
                     resident.remove(victim)
                     counts[victim[0]] -= 1

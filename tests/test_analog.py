@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from pocketmoe.cache.analog import Analog
+from pocketmoe.cache.expert import ExpertId
 from pocketmoe.cache.policy import get_policy
 from pocketmoe.cache.replay import Requests, replay
 from pocketmoe.cache.trace import DECODE, Trace
@@ -20,7 +21,8 @@ def run(tokens: Iterable[Sequence[Sequence[int]]], cycle: int) -> Analog:
         if number:
             policy.tick()
         for layer, experts in enumerate(token):
-            policy.estimates.use(layer, experts)
+            if experts:
+                policy.touch([ExpertId(layer, index) for index in experts])
     return policy
 
 
@@ -51,6 +53,25 @@ def test_a_layer_learns_from_what_the_token_has_chosen_in_the_layers_before():
     past = [token for kind in kinds for token in pairs[kind]]
     for kind, (first, second) in pairs.items():
         assert leaving(run([*past, first], cycle=2), 1)[-1] == second[1][0], kind
+
+
+def test_who_is_about_to_leave_is_looked_at_again_with_what_the_token_has_chosen_since():
+    """Layer 1 chooses 4 if layer 0 chose 0, and 5 if it chose 1."""
+    past = [[[kind], [4 + kind]] for kind in np.random.default_rng(0).integers(2, size=40).tolist()]
+    for kind in range(2):
+        policy = run([*past, [[kind], []]], cycle=2)
+        for index in range(2):
+            policy.reconsider(ExpertId(1, 4 + index))
+            assert not policy.reconsider(ExpertId(1, 4 + index))
+        assert leaving(policy, 1) == [5 - kind, 4 + kind]
+    assert policy.stale == {0, 1}
+
+
+def test_of_equals_who_is_in_the_layer_whose_turn_comes_last_leaves_first():
+    policy = get_policy("analog", 9, 3)
+    for layer in range(3):
+        policy.insert(ExpertId(layer, 0))
+    assert [expert.layer for expert, _ in policy.victims()] == [2, 1, 0]
 
 
 def periodic(tokens: int, period: int) -> Trace:

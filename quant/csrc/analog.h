@@ -15,6 +15,12 @@ struct Analog : Policy {
     void touch_all(const std::vector<int32_t>& hits) override {
         if (!hits.empty()) use(hits);
     }
+    bool reconsider(int32_t expert) override {
+        const int32_t layer = layer_of(expert);
+        const bool changed = estimates.reconsider(layer, expert - first_of(layer));
+        if (changed) mark_stale(layer);
+        return changed;
+    }
     void tick() override { estimates.tick(); }
 
     // Of one layer, at once: those of the first call in a turn have a part in its estimates.

@@ -98,8 +98,9 @@ class Cache {
             }
             if (!(least < layers_[needy].head)) from = needy;  // which may always give, down to nothing
             const int32_t head = layers_[from].head.expert;
-            if (head == NOBODY || !in_use(head)) return head;
-            policy_->mark_stale(from);  // it has come into use since it was found
+            if (head == NOBODY) return head;
+            if (in_use(head)) policy_->mark_stale(from);  // since it was found
+            else if (is_transient(head) || !policy_->reconsider(head)) return head;
         }
     }
     bool has_free() const { return !free_.empty(); }

@@ -34,6 +34,7 @@ class Policy {
         for (const int32_t expert : hits) touch(expert);
     }
     virtual void remove(int32_t expert) { set_key(expert, ABSENT); }
+    virtual bool reconsider(int32_t) { return false; }
     virtual void tick() {}
 
     virtual void resize(int64_t slots) { pool_.slots = slots; }
