@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -34,6 +35,9 @@ a difference in the last bit of a float can move an activation to the next of it
 layer; with plain weights the tests ask for 1e-5."""
 
 
+_Numbers = ctypes.Array[ctypes.c_int32]
+
+
 class LeanDecoder:
     """Runs single tokens of a model whose activations are float32.
 
@@ -51,6 +55,7 @@ class LeanDecoder:
         self._embed, self._head = _embedding(pool, parts.embed), NativeHead(pool, parts.norm, _matrix(parts.head))
         self._kept = [*_tensors(parts.embed), *_tensors(parts.head)]
         guesses = _guesses(parts.layers) if predict else [None] * len(parts.layers)
+        self.choices = Choices.of([layer.router.top_k for layer in parts.layers if layer.router is not None])
         self._layers = [
             _Layer(self, pool, runtime, layer, guess) for layer, guess in zip(parts.layers, guesses, strict=True)
         ]
@@ -74,21 +79,44 @@ class LeanDecoder:
         at = 0
         while at < len(self._layers):
             reached = self._native.run(at, runtime.may_run_alone)
-            self._note(at, reached, began, guessing)
+            self._note(at, reached, began)
             if reached < len(self._layers):
                 self._layers[reached].run_experts(guessing, began)
             at = reached + 1
+        runtime.recorder.record_token(*self.choices[:2], self.choices.guesses if guessing else None)
         return self._head.run(self.delta, self.x)
 
-    def _note(self, first: int, end: int, began: float, guessing: bool) -> None:
+    def _note(self, first: int, end: int, began: float) -> None:
         """Do the books of the layers first..end - 1, which have run by themselves, of a step since `began`."""
         alone = [
-            (layer.site, layer.record(guessing), seconds)
+            (layer.site, layer.experts[:], seconds)
             for layer, seconds in zip(self._layers[first:end], self._native.seconds[first:end], strict=True)
             if layer.site is not None
         ]
         if alone:
             self._runtime.note_layers(alone, began)
+
+
+class Choices(NamedTuple):
+    """What the routers chose for a token: [MoE layers, k], -1 and 0 where a layer chooses fewer."""
+
+    experts: np.ndarray[Any, Any]
+    """int32."""
+    weights: np.ndarray[Any, Any]
+    """float32."""
+    guesses: np.ndarray[Any, Any]
+    """int32: what each layer has guessed for the next one."""
+
+    @classmethod
+    def of(cls, top_ks: list[int]) -> Choices:
+        shape = max(1, len(top_ks)), max(top_ks, default=0)
+        return cls(np.full(shape, -1, np.int32), np.zeros(shape, np.float32), np.full(shape, -1, np.int32))
+
+    def row(self, layer: int, k: int, guessed: int) -> tuple[_Numbers, torch.Tensor, _Numbers]:
+        """A layer's own, for native code to write: experts [k], weights [1, k] and guesses [guessed]."""
+        experts = (ctypes.c_int32 * k).from_buffer(self.experts[layer])
+        guess = (ctypes.c_int32 * guessed).from_buffer(self.guesses[layer])
+        return experts, torch.from_numpy(self.weights[layer : layer + 1, :k]), guess
 
 
 def _guesses(layers: list[LayerParts]) -> list[tuple[Norm, Router] | None]:
@@ -121,8 +149,9 @@ class _Layer:
         self._pool, self._runtime = pool, runtime
         self.site = None if parts.site is None else parts.site.index
         k = 0 if parts.router is None else parts.router.top_k
-        self.experts, self.weights = (ctypes.c_int32 * k)(), torch.zeros(1, k)
-        self.guess = (ctypes.c_int32 * (0 if guess is None else guess[1].top_k))()
+        self.experts, self.weights, self.guess = decoder.choices.row(
+            0 if self.site is None else self.site, k, 0 if guess is None else guess[1].top_k
+        )
         self._places = torch.arange(k, dtype=torch.int32).view(1, k)
         self._hidden, self._out = decoder.normed.view(1, -1), decoder.delta.view(1, -1)
         ends = Ends(_matrix(parts.output), parts.input_norm, parts.output_norm, parts.router, guess)
@@ -138,17 +167,10 @@ class _Layer:
             following = None if guess is None else table.row(self.site + 1)
             self.native = self.native._replace(experts=kernels, records=table.row(self.site), next_records=following)
 
-    def record(self, guessing: bool) -> list[int]:
-        """The experts that the router has chosen, which the recorder has been told."""
-        assert self.site is not None
-        experts = self.experts[:]
-        self._runtime.recorder.record_token(self.site, experts, self.weights, self.guess[:] if guessing else ())
-        return experts
-
     def run_experts(self, guessing: bool, began: float) -> None:
         """What comes after the attention half, read if necessary."""
         assert self.site is not None
-        work = Assignment.of_token(self.record(guessing))
+        work = Assignment.of_token(self.experts[:])
         guess = self.guess[:] if guessing else ()
         outputs = self._runtime.run_experts(self.site, self._hidden, work, guess, began)
         self._pool.combine(outputs, self._places, self.weights, self._out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ import torch
 from ..cache.trace import TraceWriter
 from .errors import DataError, UsageError
 from .manifest import Manifest
+
+Array = np.ndarray[Any, Any]
 
 
 class Recorder(Protocol):
@@ -22,8 +24,9 @@ class Recorder(Protocol):
         """One layer has chosen: [T, k] each. `guess`, of k elements, is for the layer after it."""
         ...
 
-    def record_token(self, layer: int, experts: Sequence[int], weights: torch.Tensor, guess: Sequence[int]) -> None:
-        """The same for a single token, in any order; `weights`, [1, k], may be overwritten afterwards."""
+    def record_token(self, experts: Array, weights: Array, guesses: Array | None) -> None:
+        """All layers have chosen for a single token: [L, k] each, -1 behind the experts of a layer that chooses fewer,
+        a layer's experts in any order; they may be overwritten afterwards. Row i of `guesses` is for layer i + 1."""
         ...
 
     def new_sequence(self) -> None:
@@ -39,10 +42,6 @@ class Recorder(Protocol):
         ...
 
 
-_Choice = tuple[Sequence[int], Sequence[float], Sequence[int]]
-"""Of one layer for one token: experts, their weights, what is guessed for the next layer."""
-
-
 class RoutingRecorder:
     """Collects the layers of a forward and writes them together. What an interrupted forward has left is dropped.
 
@@ -54,10 +53,10 @@ class RoutingRecorder:
     """Single tokens."""
 
     def __init__(self, writer: TraceWriter, layers: int, top_k: int) -> None:
-        self._writer, self._layers, self._top_k = writer, layers, top_k
-        self._token: list[_Choice] = []
-        self._tokens: list[list[_Choice]] = []
+        self._writer, self._layers = writer, layers
+        self._tokens: list[tuple[Array, Array, Array]] = []
         self._tokens_ids: list[int] = []
+        self._no_guess = np.full((layers, top_k), -1)
         self._none = torch.full((1, top_k), -1)  # -1 becomes the largest value of an unsigned type
         self._index: list[torch.Tensor] = []
         self._weights: list[torch.Tensor] = []
@@ -75,16 +74,12 @@ class RoutingRecorder:
         if len(self._index) == self._layers == layer + 1:
             self._write()
 
-    def record_token(self, layer: int, experts: Sequence[int], weights: torch.Tensor, guess: Sequence[int]) -> None:
-        if layer == 0:
-            self._token = []
-        self._token.append((experts, weights.tolist()[0], guess))
-        if len(self._token) == self._layers == layer + 1:
-            self._tokens.append(self._token)
-            self._tokens_ids.append(self._ids[0] if len(self._ids) == 1 else -1)
-            self._ids = ()
-            if len(self._tokens) == self.together:
-                self._write_tokens()
+    def record_token(self, experts: Array, weights: Array, guesses: Array | None) -> None:
+        self._tokens.append((experts.copy(), weights.copy(), self._no_guess if guesses is None else guesses.copy()))
+        self._tokens_ids.append(self._ids[0] if len(self._ids) == 1 else -1)
+        self._ids = ()
+        if len(self._tokens) == self.together:
+            self._write_tokens()
 
     def new_sequence(self) -> None:
         self._write_tokens()
@@ -104,12 +99,10 @@ class RoutingRecorder:
         if not self._tokens:
             return
         tokens, ids, self._tokens, self._tokens_ids = self._tokens, self._tokens_ids, [], []
-        experts = np.array([[self._filled(chosen, -1) for chosen, _, _ in token] for token in tokens])
-        weights = np.array([[self._filled(weights, -np.inf) for _, weights, _ in token] for token in tokens])
-        none = self._filled((), -1)
-        guesses = np.array([[none, *(self._filled(guess, -1) for _, _, guess in token[:-1])] for token in tokens])
-        order = np.argsort(-weights, axis=2, kind="stable")
-        weights[np.isneginf(weights)] = 0
+        experts, weights, guesses = map(np.stack, zip(*tokens, strict=True))
+        order = np.argsort(np.where(experts < 0, np.inf, -weights), axis=2, kind="stable")
+        guesses = np.roll(guesses, 1, axis=1)  # to the layers that they are for
+        guesses[:, 0] = -1
         self._writer.add(
             np.take_along_axis(experts, order, 2),
             np.take_along_axis(weights, order, 2),
@@ -117,11 +110,6 @@ class RoutingRecorder:
             ids,
             one_by_one=True,
         )
-
-    def _filled(self, values: Sequence[float], fill: float) -> Sequence[float]:
-        """k of them."""
-        missing = self._top_k - len(values)
-        return [*values, *[fill] * missing] if missing else values
 
     def _write(self) -> None:
         self._write_tokens()
@@ -151,7 +139,7 @@ class NoRecorder:
     ) -> None:
         pass
 
-    def record_token(self, layer: int, experts: Sequence[int], weights: torch.Tensor, guess: Sequence[int]) -> None:
+    def record_token(self, experts: Array, weights: Array, guesses: Array | None) -> None:
         pass
 
     def new_sequence(self) -> None:

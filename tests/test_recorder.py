@@ -108,8 +108,8 @@ def test_layers_that_choose_fewer_experts_are_filled_up(tmp_path):
     recorder = RoutingRecorder(writer, layers=2, top_k=2)
     recorder.record(0, torch.tensor([[3, 1]]), torch.tensor([[0.5, 0.5]], dtype=torch.bfloat16), None)
     recorder.record(1, torch.tensor([[4]]), torch.tensor([[1.0]], dtype=torch.bfloat16), None)
-    recorder.record_token(0, [1, 3], torch.tensor([[0.25, 0.5]]), [6])
-    recorder.record_token(1, [4], torch.tensor([[-1.0]]), [])
+    guesses = np.array([[6, -1], [-1, -1]])
+    recorder.record_token(np.array([[1, 3], [4, -1]]), np.array([[0.25, 0.5], [-1.0, 0.0]]), guesses)
     recorder.close()
     trace = read_trace(tmp_path / "run.npz")
     assert trace.experts.tolist() == [[[3, 1], [4, 255]]] * 2
@@ -121,11 +121,12 @@ def test_layers_that_choose_fewer_experts_are_filled_up(tmp_path):
 
 def test_single_tokens_wait_to_be_written_together_but_never_out_of_turn(tmp_path):
     writer = TraceWriter(tmp_path / "run.npz", layers=1, experts=8, top_k=1, model=None, with_ids=True)
-    recorder, weights = RoutingRecorder(writer, layers=1, top_k=1), torch.tensor([[1.0]])
+    recorder, expert_of, weights = RoutingRecorder(writer, layers=1, top_k=1), np.zeros((1, 1)), np.ones((1, 1))
 
     def token(expert: int) -> None:
         recorder.feed([10 + expert])
-        recorder.record_token(0, [expert], weights, ())
+        expert_of[:] = expert
+        recorder.record_token(expert_of, weights, None)
 
     for _ in range(recorder.together):
         token(1)
