@@ -33,7 +33,7 @@ class Nothing:
     def record(self, *args: object) -> None:
         pass
 
-    read_started = record_stall = record_answer = record
+    read_started = record_stall = record_answer = record_hits = extend = record
 
     def read_finished(self, *args: object) -> None:
         pass
@@ -75,11 +75,11 @@ def of_model(store: Path, tokens: int, trace: str | None) -> None:
             if trace:
                 runtime.recorder = recorder if recorded else NoRecorder()
                 return
-            for target, name in ((stats, "record"), (history, "record")):
+            for target, name in ((stats, "record"), (stats, "record_hits"), (history, "record"), (history, "extend")):
                 if recorded:
                     target.__dict__.pop(name, None)
                 else:
-                    setattr(target, name, nothing.record)
+                    setattr(target, name, getattr(nothing, name))
 
         def decode(recorded: bool) -> float:
             switch(recorded)

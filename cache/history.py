@@ -6,6 +6,7 @@ import base64
 import sys
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -27,10 +28,14 @@ class History:
         self._token: list[Step] = []
 
     def record(self, layer: int, experts: Step) -> None:
+        self.extend(layer, (experts,))
+
+    def extend(self, layer: int, steps: Sequence[Step]) -> None:
+        """`record` for layers in a row, from `layer` on."""
         if layer == 0:
             self._token = []
-        self._token.append(experts)
-        if len(self._token) == self.layers == layer + 1:
+        self._token.extend(steps)
+        if len(self._token) == self.layers == layer + len(steps):
             self._steps.extend(self._token)
 
     def clear(self) -> None:

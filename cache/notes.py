@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from operator import attrgetter
 from typing import Any
 
@@ -37,6 +37,17 @@ class Notes:
         self._taken: list[Any] = []
         self._before: tuple[_Before, int] | None = None
         self.add: Callable[[Note], None] = self._flat.extend
+
+    def add_hits(
+        self,
+        layers: Sequence[int],
+        hits: Sequence[Sequence[ExpertId]],
+        kernels_s: Sequence[float],
+        layer_s: Sequence[float],
+    ) -> None:
+        """Notes of several layers with nothing but hits, none of them prefetched, in one call."""
+        notes = zip(layers, hits, repeat(()), repeat(0), repeat(0), kernels_s, layer_s, repeat(0.0))
+        self._flat.extend(chain.from_iterable(notes))
 
     def __len__(self) -> int:
         return len(self._flat) // _WIDTH

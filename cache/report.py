@@ -39,6 +39,7 @@ def report(
         replays: also replay the recorded routing, which takes a second or two.
         replayer: who does that, in less time; None for the plain one.
     """
+    run = run.snapshot()
     advice = advise(run, disk, replayer=replayer) if replays else None
     found: dict[str, Any] = {
         "format": FORMAT,

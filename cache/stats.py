@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -110,11 +110,20 @@ class RunStats:
     ) -> None:
         """One layer's requests. `late` of the misses were in flight, `prefetch_hits` of the hits came by prefetch; the
         expert kernels ran for `kernels_s`, and the layer's experts took `layer_s` in all."""
-        hits, misses = wanted
-        self._notes.add((layer, hits, misses, late, prefetch_hits, kernels_s, layer_s, 0.0))
-        if misses or prefetch_hits:
-            self._missing += len(misses) + prefetch_hits
+        self._notes.add((layer, *wanted, late, prefetch_hits, kernels_s, layer_s, 0.0))
+        if wanted.misses or prefetch_hits:
+            self._missing += len(wanted.misses) + prefetch_hits
             self._missing_in |= 1 << layer
+        self._count_some(layer)
+
+    def record_hits(
+        self, layers: Sequence[int], hits: Sequence[Sequence[ExpertId]], kernels_s: Sequence[float], books_s: float
+    ) -> None:
+        """`record` for layers in a row with nothing but hits; they took `books_s` in all beside their kernels."""
+        self._notes.add_hits(layers, hits, kernels_s, [seconds + books_s / len(layers) for seconds in kernels_s])
+        self._count_some(layers[-1])
+
+    def _count_some(self, layer: int) -> None:
         if layer == self.layers - 1 and len(self._notes) >= MOST_NOTES:
             with self._lock:
                 self._count()
@@ -296,7 +305,7 @@ class RunStats:
         from .report_text import as_text
         from .sections import sections
 
-        return as_text(sections(report(self.snapshot())))
+        return as_text(sections(report(self)))
 
     def summary(self) -> str:
         """The head of the report in a few lines; it takes no time."""
@@ -304,7 +313,7 @@ class RunStats:
         from .report_text import as_text
         from .sections import summary
 
-        return as_text(summary(report(self.snapshot(), replays=False)))
+        return as_text(summary(report(self, replays=False)))
 
     @property
     def read_s(self) -> float | None:

@@ -200,18 +200,21 @@ class ExpertRuntime:
             layers: at least one, in their order: layer, experts ascending, the kernels' seconds.
             began: when the token's step began.
         """
-        start = time.perf_counter()
+        begin = time.perf_counter()
         for layer, experts, _ in layers:
             self.prefetch.settle(layer, experts)
-        found = self.cache.use([(layer, experts) for layer, experts, _ in layers])
-        for (layer, _, compute_s), hits in zip(layers, found, strict=True):
-            ahead = self.prefetch.first_uses(hits)
-            self.note_missing(layer, ahead, began)
-            self.history.record(layer, hits)
-            now = time.perf_counter()
-            self.stats.record(layer, Lookup(hits, ()), 0, ahead, compute_s, compute_s + now - start)
-            start = now
-        self._end(layers[-1][0], True)
+        numbers, chosen, kernels_s = zip(*layers, strict=True)
+        found = self.cache.use(list(zip(numbers, chosen, strict=True)))
+        ahead = [self.prefetch.first_uses(hits) for hits in found]
+        self.note_missing(numbers[0], sum(ahead), began)
+        self.history.extend(numbers[0], found)
+        books_s = time.perf_counter() - begin
+        if any(ahead):
+            for layer, hits, used, seconds in zip(numbers, found, ahead, kernels_s, strict=True):
+                self.stats.record(layer, Lookup(hits, ()), 0, used, seconds, seconds + books_s / len(layers))
+        else:
+            self.stats.record_hits(numbers, found, kernels_s, books_s)
+        self._end(numbers[-1], True)
 
     def _ask(self, layer: int, experts: list[int], single: bool, began: float) -> tuple[Lookup, int, int]:
         """Who is there, how many are on their way, and how many of those who are there came by prefetch."""
