@@ -36,6 +36,18 @@ def make_cache(
     return NativeCache(library, policy, capacity, cycle, experts, floor, table)
 
 
+class _Numbered(dict[int, ExpertId | None]):
+    """Ids by the library's numbers, made once; nobody has -1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__({-1: None})
+        self._width = width
+
+    def __missing__(self, number: int) -> ExpertId:
+        self[number] = expert = ExpertId(*divmod(number, self._width))
+        return expert
+
+
 class NativeCache(ExpertCache):
     """The books are in memory that both sides see, so that only what asks the policy is a call."""
 
@@ -52,6 +64,7 @@ class NativeCache(ExpertCache):
         c = library.short
         self._c, self._lookup, self._admit = c, c.pm_cache_lookup, c.pm_cache_admit
         self._policy, self._cycle, self._width = policy, cycle, max(experts, default=0)
+        self._numbered = _Numbered(self._width)
         self._end: Callable[[], object] | None = None
         self._make_room(self._width)
         super().__init__(capacity, len(experts), floor, table)
@@ -99,28 +112,28 @@ class NativeCache(ExpertCache):
     def admit_all(self, experts: Sequence[ExpertId], transient: bool = False) -> list[Admission]:
         layer = experts[0][0] if experts else 0
         assert 0 <= layer < self.layers, f"{experts[0]} is not in one of {self.layers} layers"
-        slots, count = self._slots[layer], len(experts)
-        indices = [index for _, index in experts]
-        resident = [index for index in indices if slots[index] != _NOWHERE]
-        assert not resident, f"{ExpertId(layer, resident[0])} is resident already, in slot {slots[resident[0]]}"
-        self._indices[:count] = indices
+        count = len(experts)
+        self._indices[:count] = [index for _, index in experts]
         admitted = self._admit(self._handle, layer, self._request, count, transient, *self._answer)
         if admitted < 0:
             check(-admitted, f"admission of {list(experts)}")
-        victims = map(self._expert, self._evicted[:admitted])
-        admissions = list(map(Admission, self._gained[:admitted], victims))
-        for _, victim in admissions:
+        if admitted < count:
+            left = experts[admitted]
+            assert left not in self, f"{left} is resident already, in slot {self.slot_of(left)}"
+        victims = list(map(self._numbered.__getitem__, self._evicted[:admitted]))
+        for victim in victims:
             if victim is not None:
                 self._table.remove(victim)
-        return admissions
+        return list(map(Admission, self._gained[:admitted], victims))
 
     def next_victim(self, layer: int) -> ExpertId | None:
-        return self._expert(self._c.pm_cache_victim(self._handle, layer))
+        return self._numbered[self._c.pm_cache_victim(self._handle, layer)]
 
     def arrived(self, expert: ExpertId) -> None:
         layer, index = expert
-        assert self._coming[layer][index], f"{expert} is not arriving"
-        self._coming[layer][index] = 0
+        coming = self._coming[layer]
+        assert coming[index], f"{expert} is not arriving"
+        coming[index] = 0
         self._table.enter(expert, self._slots[layer][index])
 
     def abandon(self, expert: ExpertId) -> None:
@@ -145,10 +158,11 @@ class NativeCache(ExpertCache):
 
     def unlock(self, experts: Iterable[ExpertId]) -> None:
         locks = self._locks
-        for expert in experts:
-            of_layer, index = locks[expert[0]], expert[1]
-            assert of_layer[index] > 0, f"{expert} is not locked"
-            of_layer[index] -= 1
+        for layer, index in experts:
+            of_layer = locks[layer]
+            count = of_layer[index]
+            assert count > 0, f"{ExpertId(layer, index)} is not locked"
+            of_layer[index] = count - 1
 
     def residents(self) -> dict[ExpertId, int]:
         return {expert: slot for expert, slot in self._each(self._slots) if slot != _NOWHERE}
@@ -214,9 +228,6 @@ class NativeCache(ExpertCache):
 
     def _number(self, expert: ExpertId) -> int:
         return expert[0] * self._width + expert[1]
-
-    def _expert(self, number: int) -> ExpertId | None:
-        return None if number < 0 else self._ids[number // self._width][number % self._width]
 
     def _by_layer(self, books: array[int]) -> list[memoryview]:
         whole = memoryview(books)

@@ -10,10 +10,10 @@ struct Analog : Policy {
     explicit Analog(const SlotPool& pool)
         : Policy(pool), estimates(pool, keys()) {}
 
-    void insert(int32_t expert) override { use({expert}); }
-    void touch(int32_t expert) override { use({expert}); }
+    void insert(int32_t expert) override { use(&expert, 1); }
+    void touch(int32_t expert) override { use(&expert, 1); }
     void touch_all(const std::vector<int32_t>& hits) override {
-        if (!hits.empty()) use(hits);
+        if (!hits.empty()) use(hits.data(), hits.size());
     }
     bool reconsider(int32_t expert) override {
         const int32_t layer = layer_of(expert);
@@ -24,13 +24,15 @@ struct Analog : Policy {
     void tick() override { estimates.tick(); }
 
     // Of one layer, at once: those of the first call in a turn have a part in its estimates.
-    void use(std::vector<int32_t> experts) {
-        const int32_t layer = layer_of(experts.front());
-        for (int32_t& expert : experts) expert -= first_of(layer);
-        estimates.use(layer, experts.data(), static_cast<int64_t>(experts.size()));
+    void use(const int32_t* experts, size_t count) {
+        const int32_t layer = layer_of(*experts);
+        indices.assign(experts, experts + count);
+        for (int32_t& index : indices) index -= first_of(layer);
+        estimates.use(layer, indices.data(), static_cast<int64_t>(count));
         mark_stale(layer);
     }
 
+    std::vector<int32_t> indices;
     Estimates estimates;
 };
 

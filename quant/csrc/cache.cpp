@@ -71,6 +71,7 @@ int32_t pm_cache_admit(pm_cache* cache, int32_t layer, const int32_t* indices, i
     const int32_t status = guarded(cache->has(layer, indices, count), [&] {
         for (; admitted < count; admitted++) {
             const int32_t expert = layer * cache->pool.experts + indices[admitted];
+            if (cache->cache.is_resident(expert)) return;
             const pm::Cache::Admission admission = cache->cache.admit(expert, transient != 0);
             if (admission.slot == pm::Cache::NOWHERE) return;
             slots[admitted] = admission.slot;

@@ -266,7 +266,7 @@ PM_API int32_t pm_cache_lookup(pm_cache* cache, int32_t layer, int32_t* indices,
 PM_API int32_t pm_cache_use(pm_cache* cache, int32_t steps, const int32_t* layers, const int32_t* counts,
                             int32_t* indices);
 
-// Gives experts that are not resident a slot, one after the other, until nobody may leave. `evicted`: their numbers, -1
+// Gives experts a slot, one after the other, until one is resident already or nobody may leave. `evicted`: their numbers, -1
 // where a slot was free. Returns how many were admitted, or minus an error code.
 PM_API int32_t pm_cache_admit(pm_cache* cache, int32_t layer, const int32_t* indices, int64_t count, int32_t transient,
                               int32_t* slots, int32_t* evicted);
