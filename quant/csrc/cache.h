@@ -28,7 +28,8 @@ class Cache {
           policy_(std::move(policy)),
           books_(books),
           transient_(pool.size(), NEVER),
-          layers_(pool.layers) {
+          layers_(pool.layers),
+          offers_(pool.layers, ABSENT) {
         std::fill_n(books_.slots, pool.size(), NOWHERE);
         std::fill_n(books_.locks, pool.size(), 0);
         std::fill_n(books_.arriving, pool.size(), uint8_t{0});
@@ -79,6 +80,7 @@ class Cache {
         books_.slots[expert] = admission.slot;
         books_.arriving[expert] = 1;
         layers_[layer].residents++;
+        offer(layer);
         if (transient) join_transient(expert);
         else policy_->insert(expert);
         return admission;
@@ -88,16 +90,13 @@ class Cache {
     int32_t victim(int32_t needy) {
         while (true) {
             int32_t from = needy;
-            Candidate least;
+            double least = ABSENT;
             for (int32_t layer = 0; layer < pool_.layers; layer++) {
                 if (policy_->take_stale(layer)) find_head(layer);
-                if (layers_[layer].residents > floor_ && layers_[layer].head < least) {
-                    from = layer;
-                    least = layers_[layer].head;
-                }
+                if (offers_[layer] < least) least = offers_[from = layer];
             }
-            if (!(least < layers_[needy].head)) from = needy;  // which may always give, down to nothing
-            const int32_t head = layers_[from].head.expert;
+            if (layers_[needy].rank <= least) from = needy;  // which may always give, down to nothing
+            const int32_t head = layers_[from].head;
             if (head == NOBODY) return head;
             if (in_use(head)) policy_->mark_stale(from);  // since it was found
             else if (is_transient(head) || !policy_->reconsider(head)) return head;
@@ -139,38 +138,35 @@ class Cache {
 
     // All residents, who leaves first comes first, whoever is in use and whatever the floors are.
     int64_t order(int32_t* experts) const {
-        std::vector<Candidate> residents;
+        struct Place {
+            double rank, key;
+            int32_t expert;
+            bool operator<(const Place& other) const { return rank != other.rank ? rank < other.rank : key < other.key; }
+        };
+        std::vector<Place> residents;
         for (int32_t expert = 0; expert < pool_.size(); expert++)
-            if (is_resident(expert)) residents.push_back(candidate(expert));
+            if (is_resident(expert)) residents.push_back({rank(expert), policy_->key(expert), expert});
         std::stable_sort(residents.begin(), residents.end());
-        for (const Candidate& resident : residents) *experts++ = resident.expert;
+        for (const Place& resident : residents) *experts++ = resident.expert;
         return static_cast<int64_t>(residents.size());
     }
 
    private:
-    static constexpr double NEVER = 0.0;
-
-    struct Candidate {
-        int32_t expert = NOBODY;
-        bool transient = false;
-        double rank = ABSENT, key = ABSENT;  // the place among all layers, and in its own
-        bool operator<(const Candidate& other) const {
-            if (transient != other.transient) return transient;
-            return rank != other.rank ? rank < other.rank : key < other.key;
-        }
-    };
+    // Of who is not transient. Those who are have ranks from -2^52 on, below all that a policy gives.
+    static constexpr double NEVER = 0.0, FIRST = -4503599627370496.0;
 
     struct Layer {
         int64_t residents = 0, transient = 0;
-        Candidate head;  // who leaves next, unless the policy has marked the layer
+        int32_t head = NOBODY;  // who leaves next, unless the policy has marked the layer
+        double rank = ABSENT;   // of the head
     };
 
     bool in_use(int32_t expert) const { return books_.locks[expert] != 0 || books_.arriving[expert] != 0; }
 
-    Candidate candidate(int32_t expert) const {
-        if (is_transient(expert)) return {expert, true, transient_[expert], transient_[expert]};
-        return {expert, false, policy_->rank(expert), policy_->key(expert)};
-    }
+    double rank(int32_t expert) const { return is_transient(expert) ? transient_[expert] : policy_->rank(expert); }
+
+    // What the layer gives to others.
+    void offer(int32_t layer) { offers_[layer] = layers_[layer].residents > floor_ ? layers_[layer].rank : ABSENT; }
 
     // Of the layer's residents that are not in use. Who is passed over may leave as soon as nobody uses it.
     void find_head(int32_t layer) {
@@ -179,10 +175,10 @@ class Cache {
         const auto transient = [this](int32_t expert) { return is_transient(expert) ? transient_[expert] : ABSENT; };
         const auto settled = [this](int32_t expert) { return policy_->key(expert); };
         bool passed = false;
-        int32_t head = NOBODY;
-        if (known.transient > 0) head = policy_->first(layer, transient, used, passed);
-        if (head == NOBODY) head = policy_->first(layer, settled, used, passed);
-        known.head = head == NOBODY ? Candidate() : candidate(head);
+        known.head = known.transient > 0 ? policy_->first(layer, transient, used, passed) : NOBODY;
+        if (known.head == NOBODY) known.head = policy_->first(layer, settled, used, passed);
+        known.rank = known.head == NOBODY ? ABSENT : rank(known.head);
+        offer(layer);
         if (passed) policy_->mark_stale(layer);
     }
 
@@ -211,6 +207,7 @@ class Cache {
         if (is_transient(expert)) leave_transient(expert);
         else policy_->remove(expert);
         layers_[expert / pool_.experts].residents--;
+        offer(expert / pool_.experts);
     }
 
     int32_t take_free() {
@@ -240,11 +237,12 @@ class Cache {
     const int32_t floor_;
     const std::unique_ptr<Policy> policy_;
     const Books books_;
-    std::vector<double> transient_;  // by expert: when it became so
+    std::vector<double> transient_;  // by expert: the rank, ascending as they became so
     std::vector<Layer> layers_;
+    std::vector<double> offers_;          // by layer: the head's rank, ABSENT at the floor
     std::vector<int32_t> free_;           // a heap, the lowest slot on top
     std::vector<int32_t> hits_, misses_;  // of the latest lookup
-    double clock_ = NEVER;
+    double clock_ = FIRST;
 };
 
 }  // namespace pm
