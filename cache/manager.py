@@ -259,7 +259,7 @@ class ExpertCache(ABC):
             for expert in self._arriving():
                 self.abandon(expert)
             self.check_integrity(idle=True)
-            self._check_policy()
+            self._repair()
         except (AssertionError, LookupError, ValueError):
             self._start()
         self._table.replace(self.residents())
@@ -331,5 +331,5 @@ class ExpertCache(ABC):
         """Also after books were left half-written."""
 
     @abstractmethod
-    def _check_policy(self) -> None:
-        """Raise one of the errors of `recover` where the policy's own books are half-written."""
+    def _repair(self) -> None:
+        """After an interruption: put in order what `check_integrity` does not see, or raise one of its errors."""

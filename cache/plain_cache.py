@@ -168,7 +168,7 @@ class PlainCache(ExpertCache):
         for layer in range(self.layers):
             self._eviction.changed(layer)
 
-    def _check_policy(self) -> None:
+    def _repair(self) -> None:
         policy = copy.deepcopy(self._policy)
         for expert, _ in tuple(policy.victims()):
             policy.remove(expert)

@@ -182,21 +182,23 @@ class NativeCache(ExpertCache):
 
     def _make_room(self, count: int) -> None:
         """For so many experts in a request."""
-        self._indices, self._gained, self._evicted = ((ctypes.c_int32 * count)() for _ in range(3))
-        self._misses = (ctypes.c_int32 * 1)()
-        self._request = ctypes.addressof(self._indices)
-        self._answer = ctypes.addressof(self._gained), ctypes.addressof(self._evicted)
+        room = tuple([(ctypes.c_int32 * size)() for size in (count, count, count, 1)])
+        request, *answer = map(ctypes.addressof, room[:3])
+        # All at once: an interruption between the two would leave addresses of memory that is gone.
+        (self._indices, self._gained, self._evicted, self._misses), self._request, self._answer = room, request, answer
 
     def _start(self) -> None:
         total = self.layers * self._width
         slots, locks, coming = array("i", bytes(4 * total)), array("i", bytes(4 * total)), array("B", bytes(total))
         spec = _Spec(self.layers, self._width, self.floor, self.capacity, self._cycle)
         spec.slots, spec.locks, spec.arriving = (books.buffer_info()[0] for books in (slots, locks, coming))
+        by_layer = [self._by_layer(books) for books in (slots, locks, coming)]
         handle = self._c.pm_cache_create(self._policy.encode(), ctypes.byref(spec))
         if not handle:
             raise NativeError(f"an expert cache of {self.capacity} slots: out of memory")
-        former, self._handle, self._end = self._end, handle, weakref.finalize(self, self._c.pm_cache_destroy, handle)
-        self._slots, self._locks, self._coming = (self._by_layer(books) for books in (slots, locks, coming))
+        former, end = self._end, weakref.finalize(self, self._c.pm_cache_destroy, handle)
+        # No call in between, where an interruption could part the cache from the memory that it writes to.
+        (self._slots, self._locks, self._coming), self._handle, self._end = by_layer, handle, end
         if former is not None:
             former()
 
@@ -223,8 +225,9 @@ class NativeCache(ExpertCache):
         for expert in self._lock_counts():
             self._locks[expert[0]][expert[1]] = 0
 
-    def _check_policy(self) -> None:
-        """No interruption falls into a call."""
+    def _repair(self) -> None:
+        """A `resize` that was cut short has not said who has moved, or which slots there are; calls never are."""
+        self._resized()
 
     def _number(self, expert: ExpertId) -> int:
         return expert[0] * self._width + expert[1]

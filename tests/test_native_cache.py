@@ -187,6 +187,60 @@ def test_books_that_do_not_balance_are_noticed_and_begun_anew():
         assert len(cache) == 0
 
 
+def fill(cache: ExpertCache) -> None:
+    """Take whatever is free for experts of layer 0, and put nobody where somebody is."""
+    free = cache.capacity - len(cache)
+    absent = [expert for index in range(12) if (expert := ExpertId(0, index)) not in cache]
+    for expert in absent[:free]:
+        cache.admit(expert)
+        cache.arrived(expert)
+    cache.check_integrity(idle=True)
+    assert len(cache) == cache.capacity
+
+
+@pytest.mark.parametrize("moves", [1, 3, 4])
+def test_after_a_resize_that_was_interrupted_no_two_experts_share_a_slot(monkeypatch, moves):
+    cache = compiled("lru", 12, (12, 12))
+    fill(cache)
+    cache.lookup(0, list(range(4)))  # so that those in slots 8 to 11 do not leave, but move
+    steps = iter(range(moves))
+
+    def interrupted(*_: object) -> None:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "_resized", interrupted)
+        cache.resize(8, interrupted)
+    cache.recover()
+    fill(cache)
+
+
+def test_a_new_beginning_that_was_interrupted_has_changed_nothing(monkeypatch):
+    cache = compiled("lru", 12, (12, 12))
+    fill(cache)
+    before = cache.residents()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache, "_by_layer", interrupted)
+        cache.clear()
+    cache.check_integrity(idle=True)
+    assert cache.residents() == before
+
+
+def test_of_equals_the_lower_expert_leaves_first_as_soon_as_nobody_uses_it():
+    caches = PlainCache(8, get_policy("analog", 8, 2), 1, 2), compiled("analog", 8, (12,))
+    for cache in caches:
+        serve(cache, list(range(8)))  # a prompt: most of its experts were used at the same time
+        serve(cache, [0, 1])
+        with cache.locked([ExpertId(0, 2)]):
+            assert cache.next_victim(0) == ExpertId(0, 3)
+        assert cache.next_victim(0) == ExpertId(0, 2)
+
+
 def test_a_request_may_name_more_experts_than_a_layer_has():
     cache = compiled("lru", 10)
     assert cache.lookup(1, [3] * 100 + [4]).misses == ((1, 3), (1, 4))

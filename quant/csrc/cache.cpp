@@ -82,14 +82,17 @@ int32_t pm_cache_admit(pm_cache* cache, int32_t layer, const int32_t* indices, i
 }
 
 int32_t pm_cache_victim(pm_cache* cache, int32_t layer) {
-    return cache->cache.has_free() ? pm::Cache::NOBODY : cache->cache.victim(layer);
+    if (!cache->has(layer, nullptr, 0) || cache->cache.has_free()) return pm::Cache::NOBODY;
+    return cache->cache.victim(layer);
 }
 
 int32_t pm_cache_release(pm_cache* cache, int32_t expert) {
     return guarded(cache->holds(expert), [&] { cache->cache.release(expert); });
 }
 
-int32_t pm_cache_is_transient(const pm_cache* cache, int32_t expert) { return cache->cache.is_transient(expert); }
+int32_t pm_cache_is_transient(const pm_cache* cache, int32_t expert) {
+    return cache->holds(expert) && cache->cache.is_transient(expert);
+}
 
 int32_t pm_cache_demote(pm_cache* cache, int32_t expert) {
     return guarded(cache->holds(expert), [&] { cache->cache.demote(expert); });

@@ -46,8 +46,8 @@ class Policy {
     // Among all layers.
     virtual double rank(int32_t expert) const { return keys_[expert]; }
 
-    // Of the layer's experts that are not in use the one with the lowest key, -1 where there is none; sets `passed` where
-    // one in use has a lower key.
+    // Of the layer's experts that are not in use the one that leaves first, -1 where there is none; sets `passed` where
+    // one in use would leave before it.
     template <class Key, class InUse>
     int32_t first(int32_t layer, const Key& key, const InUse& in_use, bool& passed) const {
         double least = ABSENT, least_in_use = ABSENT;
@@ -58,7 +58,7 @@ class Policy {
             if (in_use(expert)) least_in_use = std::min(least_in_use, place);
             else least = place, found = expert;
         }
-        passed |= least_in_use < least;
+        passed |= least_in_use != ABSENT && least_in_use <= least;  // an equal that was seen before `found` is lower
         return found;
     }
 
