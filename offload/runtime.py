@@ -302,6 +302,7 @@ class ExpertRuntime:
         """Stop every read, and free the slots that wait for one."""
         self.transfers.drain()
         self.prefetch.forget()
+        self.slots.resize(self.cache.capacity)  # which an interrupted `resize` has not come to
         self.cache.recover()
 
     def close(self) -> None:

@@ -209,9 +209,10 @@ def test_after_a_resize_that_was_interrupted_no_two_experts_share_a_slot(monkeyp
         if next(steps, None) is None:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(cache, "_resized", interrupted)
-        cache.resize(8, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.resize(8, interrupted)
     cache.recover()
     fill(cache)
 
@@ -224,9 +225,10 @@ def test_a_new_beginning_that_was_interrupted_has_changed_nothing(monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(cache, "_by_layer", interrupted)
-        cache.clear()
+        with pytest.raises(KeyboardInterrupt):
+            cache.clear()
     cache.check_integrity(idle=True)
     assert cache.residents() == before
 

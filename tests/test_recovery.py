@@ -125,6 +125,26 @@ def test_an_interrupted_recovery_is_made_up_for_before_the_next_forward(monkeypa
     world.runtime.close()
 
 
+@pytest.mark.parametrize("capacity", [SLOTS - 1, SLOTS])
+def test_after_a_resize_that_was_interrupted_anywhere_there_are_as_many_slots_as_the_cache_gives_out(capacity):
+    at, happened = 0, True
+    while happened:
+        world = World("analog", plain=False)
+        world.runtime.resize(2 * SLOTS - 1 - capacity)
+        with (
+            Interruption(("offload.runtime", "offload.tiers", "cache.manager"), at) as interruption,
+            contextlib.suppress(KeyboardInterrupt),
+        ):
+            world.runtime.resize(capacity)
+        happened = interruption.happened
+        at += 1
+        assert world.slots.capacity == world.cache.capacity
+        world.prompt(0)
+        world.settle()
+        world.runtime.close()
+    assert at > 10
+
+
 def test_forgetting_guesses_that_is_interrupted_and_done_again_counts_none_twice(monkeypatch):
     world = World("analog")
     stats, ahead = world.runtime.stats, Prefetcher(world.cache, world.slots, ManualTransfers(), world.runtime.stats)
