@@ -80,8 +80,7 @@ class NativeCache(ExpertCache):
         hits = self._lookup(self._handle, layer, self._request, count, promote, self._misses)
         if hits < 0:
             check(-hits, f"lookup of {list(indices)} in layer {layer}")
-        ids = self._ids[layer]
-        experts = tuple([ids[index] for index in self._indices[: hits + self._misses[0]]])
+        experts = tuple(map(self._ids[layer].__getitem__, self._indices[: hits + self._misses[0]]))
         return Lookup(experts[:hits], experts[hits:])
 
     def use(self, steps: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[ExpertId, ...]]:

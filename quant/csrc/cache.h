@@ -92,7 +92,7 @@ class Cache {
             int32_t from = needy;
             double least = ABSENT;
             for (int32_t layer = 0; layer < pool_.layers; layer++) {
-                if (policy_->take_stale(layer)) find_head(layer);
+                if ((layer == needy || layers_[layer].residents > floor_) && policy_->take_stale(layer)) find_head(layer);
                 if (offers_[layer] < least) least = offers_[from = layer];
             }
             if (layers_[needy].rank <= least) from = needy;  // which may always give, down to nothing
