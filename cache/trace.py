@@ -19,6 +19,7 @@ routing collections have them: a JSON file of the same name beside it may say `e
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -137,14 +138,17 @@ class TraceWriter:
         tokens = len(experts)
         phase = PREFILL if tokens > 1 and not one_by_one else DECODE
         self._guessed |= guesses is not None
-        self._columns["experts"].append(experts)
-        self._columns["weights"].append(weights)
-        self._columns["guesses"].append(np.repeat(self._no_guess, tokens, 0) if guesses is None else guesses)
-        self._columns["seq"].append(np.full(tokens, self._seq))
-        self._columns["phase"].append(np.full(tokens, phase))
-        if "ids" in self._columns:
-            self._columns["ids"].append(np.array(ids) if len(ids) == tokens else np.full(tokens, -1))
-        self.tokens += tokens
+        rows = {
+            "experts": experts,
+            "weights": weights,
+            "guesses": np.repeat(self._no_guess, tokens, 0) if guesses is None else guesses,
+            "seq": np.full(tokens, self._seq),
+            "phase": np.full(tokens, phase),
+            "ids": np.array(ids) if len(ids) == tokens else np.full(tokens, -1),
+        }
+        for name, column in self._columns.items():
+            column.put(self.tokens, rows[name])
+        self.tokens += tokens  # rows that an interruption has left without this are written over
 
     def close(self) -> None:
         """Write the file, all or nothing, readable by its owner only. Raises OSError."""
@@ -174,14 +178,18 @@ class _Column:
         self._dtype, self._shape = dtype, shape
         self.spool: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the writer
 
-    def append(self, rows: Array) -> None:
+    def put(self, first: int, rows: Array) -> None:
+        """They are rows first, first + 1, ..."""
         assert rows.shape[1:] == self._shape, f"rows of shape {rows.shape[1:]}, not {self._shape}"
+        self.spool.seek(first * self._dtype.itemsize * math.prod(self._shape))
         self.spool.write(rows.astype(self._dtype).tobytes())
 
     def copy_to(self, member: IO[bytes], rows: int) -> None:
         shape = (rows, *self._shape)
         header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(member, header)
+        self.spool.seek(rows * self._dtype.itemsize * math.prod(self._shape))
+        self.spool.truncate()
         self.spool.seek(0)
         shutil.copyfileobj(self.spool, member)
 

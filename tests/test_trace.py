@@ -68,6 +68,30 @@ def test_the_file_appears_only_with_close_and_nothing_else_is_left(tmp_path):
         assert stat.S_IMODE((tmp_path / "run.npz").stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_tokens_that_an_interruption_has_written_in_part_are_left_out(tmp_path, last, monkeypatch):
+    rng, path = np.random.default_rng(0), tmp_path / "run.npz"
+    writer = TraceWriter(path, layers=3, experts=8, top_k=2, model=None)
+    whole, torn, after = (forward(rng, tokens) for tokens in (2, 3, 1))
+    writer.add(*whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer._columns["guesses"], "put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.add(*torn)
+    kept = [whole] if last else [whole, after]
+    for forwarded in kept[1:]:
+        writer.add(*forwarded)
+    writer.close()
+    trace = read_trace(path)
+    assert np.array_equal(trace.experts, np.concatenate([experts for experts, _ in kept]))
+    assert trace.weights is not None
+    assert np.array_equal(trace.weights, np.concatenate([weights for _, weights in kept]).astype(np.float16))
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_rows_of_another_shape_are_refused(tmp_path):
     writer = TraceWriter(tmp_path / "run.npz", layers=3, experts=8, top_k=2, model=None)
     with pytest.raises(AssertionError, match=r"\(2, 2\), not \(3, 2\)"):

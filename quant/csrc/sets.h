@@ -29,7 +29,7 @@ class Sets {
         bits_.assign(sets * words_, 0);
     }
     bool empty() const { return bits_.empty(); }
-    bool has(int64_t set, int64_t number) const { return (bits_[set * words_ + number / 64] & bit(number)) != 0; }
+    bool has(int64_t set, uint64_t number) const { return bits_[set * words_ + number / 64] >> (number % 64) & 1; }
     void insert(int64_t set, int64_t number) { word(set, number) |= bit(number); }
     void erase(int64_t set, int64_t number) { word(set, number) &= ~bit(number); }
     void clear(int64_t set) { std::fill_n(&bits_[set * words_], words_, uint64_t{0}); }
