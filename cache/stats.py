@@ -110,7 +110,7 @@ class RunStats:
     ) -> None:
         """One layer's requests. `late` of the misses were in flight, `prefetch_hits` of the hits came by prefetch; the
         expert kernels ran for `kernels_s`, and the layer's experts took `layer_s` in all."""
-        self._notes.add((layer, *wanted, late, prefetch_hits, kernels_s, layer_s, 0.0))
+        self._notes.add((layer, wanted.hits, wanted.misses, late, prefetch_hits, kernels_s, layer_s, 0.0))
         if wanted.misses or prefetch_hits:
             self._missing += len(wanted.misses) + prefetch_hits
             self._missing_in |= 1 << layer
