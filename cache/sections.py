@@ -286,6 +286,10 @@ def _budgets(report: Report) -> list[Section]:
         f"The model behind this gives {what_if['predicted']:.1f} tokens/s for the present setting, measured were "
         f"{what_if['measured']:.1f} ({signed(error)}); the others are corrected by that.",
     )
+    if report["links"][-1]["peak_bytes_per_s"] is None:
+        notes += (
+            "What reads take is what they took in this run, often longer than they need: the disk was not measured.",
+        )
     columns = ("budget", "slots", "hits", "misses", "tokens/s", "")
     table = Table(columns, tuple(rows), bars, strong=at)
     return [Section("Other budgets", lines=(_replayed(what_if),), curves=curves, table=table, notes=notes)]

@@ -255,6 +255,12 @@ def test_the_text_has_every_block():
     assert "now" in text
 
 
+def test_other_budgets_say_where_the_disk_was_not_measured():
+    for disk, said in ((None, True), (DISK, False)):
+        text = " ".join(as_text(sections(report(a_run(), disk))).split())
+        assert ("the disk was not measured" in text) == said
+
+
 def test_the_summary_is_its_head_and_needs_no_replay():
     found = report(a_run(), replays=False)
     assert found["what_if"] is None
