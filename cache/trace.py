@@ -175,21 +175,20 @@ class _Column:
     """One array of a trace on its way, in a nameless temporary file."""
 
     def __init__(self, folder: Path, dtype: np.dtype[Any], shape: tuple[int, ...] = ()) -> None:
-        self._dtype, self._shape = dtype, shape
+        self._dtype, self._shape, self._row_bytes = dtype, shape, dtype.itemsize * math.prod(shape)
         self.spool: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the writer
 
     def put(self, first: int, rows: Array) -> None:
         """They are rows first, first + 1, ..."""
         assert rows.shape[1:] == self._shape, f"rows of shape {rows.shape[1:]}, not {self._shape}"
-        self.spool.seek(first * self._dtype.itemsize * math.prod(self._shape))
+        self.spool.seek(first * self._row_bytes)
         self.spool.write(rows.astype(self._dtype).tobytes())
 
     def copy_to(self, member: IO[bytes], rows: int) -> None:
         shape = (rows, *self._shape)
         header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(member, header)
-        self.spool.seek(rows * self._dtype.itemsize * math.prod(self._shape))
-        self.spool.truncate()
+        self.spool.truncate(rows * self._row_bytes)
         self.spool.seek(0)
         shutil.copyfileobj(self.spool, member)
 

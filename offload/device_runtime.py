@@ -213,7 +213,7 @@ class DeviceRuntime:
     def _run_experts(self, step: _Step, guess: Sequence[int]) -> None:
         layer, work, ram = step.layer, step.work, self.ram
         single = step.on_host is not None
-        ram.prefetch.settle(layer, set(work.experts))
+        ram.prefetch.settle(layer, work.experts)
         wanted = self.cache.lookup(layer, work.experts, promote=single)
         below = ram.cache.lookup(layer, [expert.index for expert in wanted.misses], promote=single)
         late = sum(map(ram.cache.is_arriving, below.misses))

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <numeric>
 
 #include "policy.h"
 
@@ -137,7 +136,7 @@ class Cache {
     }
 
     // All residents, who leaves first comes first, whoever is in use and whatever the floors are.
-    int64_t order(int32_t* experts) const {
+    void order(int32_t* experts) const {
         struct Place {
             double rank, key;
             int32_t expert;
@@ -148,7 +147,6 @@ class Cache {
             if (is_resident(expert)) residents.push_back({rank(expert), policy_->key(expert), expert});
         std::stable_sort(residents.begin(), residents.end());
         for (const Place& resident : residents) *experts++ = resident.expert;
-        return static_cast<int64_t>(residents.size());
     }
 
    private:
